@@ -1,0 +1,95 @@
+"""Example and Batch: what flows from the data to the objectives.
+
+Here, and nowhere else, "predict the next token" is a shift by one. Nothing above this file shifts, and no objective ever
+sees a prompt or a padding position.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sequence: which of its tokens must be predicted, and where it comes from.
+
+    `tokens` and `is_target` have equal length; `origin` ("file.jsonl:17") is for messages, `index` is the row's number in its
+    data set and is what the log of seen samples holds.
+    """
+
+    tokens: list[int]
+    is_target: list[bool]
+    index: int
+    origin: str = ""
+
+    def __post_init__(self):
+        if len(self.tokens) != len(self.is_target):
+            raise ValueError(f"{self.origin}: {len(self.tokens)} tokens but {len(self.is_target)} target marks")
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted: a target in first place has no predictor and does not count."""
+        return sum(self.is_target[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of T tokens.
+
+    A row may hold several documents (packing); `positions` restart at each, and models attend within a document alone.
+    Padding is to the right and belongs to no document (`documents == -1`); causal attention never lets a token see it.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]
+    documents: Int[Tensor, "B T"]      # numbered from 0 within a row; -1 is padding
+    is_target: Bool[Tensor, "B T"]     # this token must be predicted
+    examples: tuple[int, ...] = ()     # Example.index of what is inside, in order
+
+    @cached_property
+    def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        same_document = (self.documents[:, 1:] == self.documents[:, :-1]) & (self.documents[:, 1:] >= 0)
+        wanted = self.is_target[:, 1:] & same_document
+        sequence, position = wanted.nonzero(as_tuple=True)
+        rows = sequence * self.tokens.shape[1] + position
+        # A response is one document of one row; its number makes means over responses possible.
+        response = sequence * (int(self.documents.max()) + 1 if self.documents.numel() else 1) + self.documents[sequence, position]
+        return rows, self.tokens[sequence, position + 1], response
+
+    def target_rows(self) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+        """Flat positions (b * T + t) whose output predicts a target, and the targets: tokens[b, t + 1]."""
+        rows, targets, _ = self._targets
+        return rows, targets
+
+    def target_responses(self) -> Int[Tensor, "N"]:
+        """For each target row the number of the response (document) that it belongs to; unique within the batch."""
+        return self._targets[2]
+
+    @property
+    def num_targets(self) -> int:
+        return self._targets[0].shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        """Documents with at least one target."""
+        return int(self._targets[2].unique().shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.documents >= 0).sum())
+
+    @property
+    def is_packed(self) -> bool:
+        return bool((self.documents > 0).any())
+
+    def select(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "N D"]:
+        """The rows of a [B, T, D] tensor that predict a target."""
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.target_rows()[0])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)

@@ -1,0 +1,53 @@
+"""The errors of Potstill. Each says what is wrong, what was found, and what to do.
+
+The command line prints one of these as one clear line and exits with its `exit_code`; every other exception is our own mistake
+and keeps its traceback.
+"""
+
+
+class PotstillError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(PotstillError, ValueError):
+    """The user asked for something that cannot be done; nothing large has been loaded."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A recipe or an override is wrong; the message names the key."""
+
+
+class DataError(UsageError):
+    """A data file is wrong; the message names the file and the line."""
+
+
+class ModelError(UsageError):
+    """A model or a tokenizer cannot be used; the message names its path."""
+
+
+class IncompatibleError(UsageError):
+    """Two parts do not fit together; the message names both sides."""
+
+
+class RunFolderError(UsageError):
+    """A run folder cannot be used: locked by another run, made by another recipe, or not writable."""
+
+
+class StorageError(PotstillError, OSError):
+    """Bytes could not be written or do not read back as written; the message names the path."""
+
+
+class NonFiniteError(PotstillError, ArithmeticError):
+    """A loss or a gradient is not finite; the weights are those from before the step."""
+
+
+class InterruptedRun(PotstillError):
+    """A signal asked the run to stop and everything up to the named step is committed."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
