@@ -1,0 +1,341 @@
+"""The run folder: what a run writes, where, and how it is found again. Training and evaluation append; reporting reads.
+
+It decides whether a folder is new, interrupted or finished and which changes of the recipe a resume may carry. It knows nothing
+of models or steps beyond their numbers, and imports no torch.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill import storage
+from potstill.environment import environment, redact
+from potstill.errors import RunFolderError, StorageError
+from potstill.lock import Lock
+
+RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
+LOCK = ".lock"
+# In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
+KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", METRICS, SAMPLES, ENVIRONMENT, RECIPE)
+Status = Literal["new", "interrupted", "finished"]
+_log = logging.getLogger("potstill")
+
+# What a resume may change, and why; every other key is refused unless it is named by --override-resume.
+ALLOWED_CHANGES = {
+    "run.folder": "a run folder may be moved",
+    "run.trackers": "trackers only watch",
+    "training.epochs": "how long to train; the learning-rate schedule bends to the new end",
+    "training.steps": "how long to train; the learning-rate schedule bends to the new end",
+    "training.early_stopping": "when to stop",
+    "training.save_steps": "when to save",
+    "training.keep_checkpoints": "how many checkpoints to keep",
+    "training.eval_steps": "when to evaluate",
+    "training.logging_steps": "when to log",
+    "training.non_finite": "what to do when a step is refused",
+    "training.fsdp": "the same mathematics, laid out differently",
+    "training.compile": "the same mathematics, executed differently",
+    "teacher.sharded": "the same mathematics, laid out differently",
+    "student.activation_checkpointing": "the same mathematics, executed differently",
+}
+_GLOBAL_BATCH = ("training.batch_size", "training.accumulation")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value in the recipe differs from the one that the run began with. `allowed` is the reason, or None."""
+
+    key: str
+    recorded: Any
+    wanted: Any
+    allowed: str | None
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.recorded!r} -> {self.wanted!r}"
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists are values. A key that holds None counts as absent."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def recipe_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any], overrides: Iterable[str] = ()) -> list[Change]:
+    """Every key that differs, with the verdict on it. Batch size and accumulation may change while their product does not."""
+    before, after, overridden = flatten(recorded), flatten(wanted), set(overrides)
+    unknown = overridden - before.keys() - after.keys()
+    if unknown:
+        raise RunFolderError(f"--override-resume {sorted(unknown)[0]}: no such key in the recipe")
+
+    def same_global_batch() -> bool:
+        return math.prod(before.get(key, 1) for key in _GLOBAL_BATCH) == math.prod(after.get(key, 1) for key in _GLOBAL_BATCH)
+
+    def verdict(key: str) -> str | None:
+        if key in overridden:
+            return "--override-resume"
+        if key in _GLOBAL_BATCH and same_global_batch():
+            return "the same rows in every optimizer step"
+        return ALLOWED_CHANGES.get(key)
+
+    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [Change(key, before.get(key), after.get(key), verdict(key)) for key in differing]
+
+
+def _refuse(path: Path, changes: Sequence[Change]) -> None:
+    refused = [change for change in changes if change.allowed is None]
+    if refused:
+        listed = "\n".join(f"  {change}" for change in refused)
+        raise RunFolderError(
+            f"{path}: this run began with another recipe:\n{listed}\n"
+            "use the former values, or --fresh to start over, or another run.folder, or go on regardless with "
+            f"--override-resume {refused[0].key}"
+        )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFolder:
+    """One run's folder. `open` locks it for writing; `RunFolder.read` looks at a folder that anyone may be writing to.
+
+    Where `writer` is false (ranks other than the first, and readers) nothing is ever written and the append methods do nothing.
+    """
+
+    def __init__(self, path: Path, status: Status, lock: Lock | None, notes: list[str]):
+        self.path = path
+        self.status: Status = status
+        self.notes = notes          # what the user should be told about this opening, a line each
+        self.lines_lost = 0         # log lines that could not be written; a full disk must not end a run by its log
+        self._lock = lock
+
+    # ------------------------------------------------------------ opening
+
+    @classmethod
+    def open(
+        cls, path: Path | str, recipe: Mapping[str, Any], *, fresh: bool = False, override_resume: Sequence[str] = (), writer: bool = True
+    ) -> "RunFolder":
+        """Locks `path` for this process and finds out what is there.
+
+        `recipe` is the resolved recipe as JSON values. `fresh` removes a former run's own files, and no other. Raises RunFolderError
+        for a folder that is in use, holds something else, or belongs to a run that began with another recipe; StorageError if it
+        cannot be written. A rank that is not the `writer` may call this only after the writer's call has returned.
+        """
+        path = Path(path).absolute()
+        wanted = redact(json.loads(storage.to_json(recipe)))
+        if not writer:
+            return cls(path, cls._find_status(path), None, [])
+        cls._refuse_foreign(path)
+        storage.make_folder(path)
+        lock = Lock(path / LOCK)
+        try:
+            folder = cls(path, "new", lock, [])
+            folder._prepare(wanted, fresh, override_resume)
+        except BaseException:
+            lock.release()
+            raise
+        return folder
+
+    @classmethod
+    def read(cls, path: Path | str) -> "RunFolder":
+        """For reading only, without the lock. Raises RunFolderError if `path` holds no run."""
+        path = Path(path).absolute()
+        if not (path / RECIPE).is_file():
+            raise RunFolderError(f"{path}: no run here ({RECIPE} is missing)")
+        return cls(path, cls._find_status(path), None, [])
+
+    @staticmethod
+    def _find_status(path: Path) -> Status:
+        if not (path / RECIPE).exists():
+            return "new"
+        return "finished" if (path / SUMMARY).exists() else "interrupted"
+
+    @staticmethod
+    def _refuse_foreign(path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"{path}: a file, where run.folder must be a folder")
+        if not path.is_dir() or (path / RECIPE).exists():
+            return
+        ours = (*KNOWN, LOCK)
+        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours and not entry.name.startswith(storage.TEMPORARY))
+        foreign += ["checkpoints"] if (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir()) else []
+        if foreign:
+            raise RunFolderError(f"{path}: not empty, yet no run began here (it holds {foreign[0]!r}); choose another run.folder")
+
+    def _prepare(self, wanted: dict[str, Any], fresh: bool, overrides: Sequence[str]) -> None:
+        assert self._lock is not None
+        if self._lock.taken_over:
+            self.notes.append(f"the former run here ({self._lock.taken_over}) ended without a word; its lock is taken over")
+        if swept := storage.sweep(self.path) + storage.sweep(self.checkpoints):
+            self.notes.append(f"removed what a killed run left unfinished: {', '.join(swept)}")
+        storage.probe(self.path)
+        if fresh:
+            for name in KNOWN:
+                storage.remove(self.path / name)
+        self.status = self._find_status(self.path)
+        changes = recipe_changes(self.read_recipe(), wanted, overrides) if self.status != "new" else []
+        _refuse(self.path, changes)
+        self.notes += [f"{change} ({change.allowed})" for change in changes]
+        if self.status == "finished" and any(change.key in ("training.epochs", "training.steps") for change in changes):
+            storage.remove(self.path / SUMMARY)
+            self.status = "interrupted"
+        if self.status != "finished":
+            storage.make_folder(self.checkpoints)
+            self._record_session([str(change) for change in changes])
+        if changes or self.status == "new":
+            self._write_recipe(wanted)
+
+    def _write_recipe(self, recipe: dict[str, Any]) -> None:
+        import yaml
+
+        storage.write_text(self.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+    def _record_session(self, changes: list[str]) -> None:
+        sessions = self.read_sessions()
+        now = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **environment(), "recipe_changes": changes}
+        if sessions and sessions[-1]["versions"] != now["versions"]:
+            before = sessions[-1]["versions"]
+            moved = sorted(name for name in now["versions"] if before.get(name) != now["versions"][name])
+            self.notes.append(f"other versions than before of {', '.join(moved)}: the result may differ in its last bits")
+        storage.write_json(self.path / ENVIRONMENT, {"sessions": [*sessions, now]})
+
+    def close(self) -> None:
+        """Gives the lock back; a second call does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ where things are
+
+    @property
+    def writer(self) -> bool:
+        return self._lock is not None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    # ------------------------------------------------------------ writing
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; `values` holds the optimizer `step`. What is not finite is written as null."""
+        self._append(METRICS, {"step": int(values["step"]), **{key: _finite(value) for key, value in values.items()}})
+
+    def append_samples(self, step: int, epoch: int, examples: Sequence[int]) -> None:
+        """One line of samples.jsonl: the examples, by their numbers in the data set, that optimizer step `step` trained on."""
+        self._append(SAMPLES, {"step": step, "epoch": epoch, "examples": list(examples)})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not self.writer:
+            return
+        try:
+            storage.append_lines(self.path / name, [storage.to_json(redact(line))])
+        except StorageError as error:
+            if self.lines_lost == 0:
+                _log.warning("%s; the run goes on without this line of its log", error)
+            self.lines_lost += 1
+
+    def sync_logs(self) -> None:
+        """Makes the logs durable. Call it before a checkpoint is committed, so that no step counts whose samples are unknown."""
+        for name in (METRICS, SAMPLES):
+            if self.writer and (self.path / name).exists():
+                storage.sync_file(self.path / name)
+
+    def cut_back(self, step: int | None) -> int:
+        """Drops log lines of steps after the committed `step` (None: all of them), and torn last lines. Returns the steps to redo."""
+        redo = 0
+        for name in (METRICS, SAMPLES):
+            lines, torn = storage.read_lines(self.path / name)
+            kept = [line for line in lines if step is not None and line["step"] <= step]
+            redo = max([redo, *(line["step"] - (step or 0) for line in lines)])
+            if self.writer and (torn or len(kept) < len(lines)):
+                storage.write_text(self.path / name, "".join(storage.to_json(line) + "\n" for line in kept))
+        return redo
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a file of the run folder atomically, secrets blanked; `name` is relative, as in "evaluation/held_out.json"."""
+        return self.write_text(name, storage.to_json(redact(value), indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        storage.check_name(name)
+        path = self.path / name
+        if self.writer:
+            storage.make_folder(path.parent)
+            storage.write_text(path, text)
+        return path
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """States that the run is complete: written last, after everything that it stands for is committed."""
+        self.sync_logs()
+        self.write_json(SUMMARY, dict(summary))
+        self.status = "finished"
+
+    # ------------------------------------------------------------ reading
+
+    def read_recipe(self) -> dict[str, Any]:
+        import yaml
+
+        try:
+            recipe = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{self.path / RECIPE}: does not read ({type(error).__name__}); --fresh starts over") from error
+        if not isinstance(recipe, dict):
+            raise RunFolderError(f"{self.path / RECIPE}: holds no recipe; --fresh starts over")
+        return recipe
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return storage.read_lines(self.path / METRICS)[0]
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        return storage.read_lines(self.path / SAMPLES)[0]
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `finish` stated; empty for a run that is not finished."""
+        return self._read_json(SUMMARY)
+
+    def read_sessions(self) -> list[dict[str, Any]]:
+        """One entry for each time that the run was started: versions, platform, threads, and what changed in its recipe."""
+        return self._read_json(ENVIRONMENT).get("sessions", [])
+
+    def read_evaluations(self) -> dict[str, Any]:
+        """The content of each evaluation/*.json by its name without the ending."""
+        return {path.stem: json.loads(path.read_bytes()) for path in sorted(self.evaluation.glob("*.json"))}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return json.loads(path.read_bytes()) if path.exists() else {}
