@@ -1,0 +1,75 @@
+"""A causal language model as trunk and head, whatever wraps it: peft, quantisation, tied weights, sharding.
+
+The head is read when it is asked for, so that what the optimizer, peft or FSDP has done to it since is seen. Which tokens are
+targets is the batch's affair, what becomes of the rows the objective's.
+"""
+
+import inspect
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from potstill.batch import Batch
+from potstill.errors import ModelError
+from potstill.head import Head
+from potstill.models.heads import HeadArithmetic, read_arithmetic, read_head
+
+
+class CausalLM(nn.Module):
+    """A model of transformers, or a `PeftModel` around one, with its trunk and its head apart.
+
+    `vocabulary_size` is the number of real tokens (of the tokenizer); the head may be wider, and those rows are padding.
+    Under FSDP call it only inside the wrapped module's forward, where the parameters of the root are whole.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary_size: int):
+        super().__init__()
+        self.model = model
+        self.vocabulary_size = vocabulary_size
+        inner = self.inner
+        if inner.base_model is inner:
+            raise ModelError(
+                f"{inner.config.name_or_path}: {type(inner).__name__} does not keep its trunk apart from its head; it cannot be used"
+            )
+        if inner.get_output_embeddings() is None:
+            raise ModelError(f"{inner.config.name_or_path}: {type(inner).__name__} has no language-model head")
+        self._arithmetic: HeadArithmetic = read_arithmetic(inner.config)
+        self._takes_positions = "position_ids" in inspect.signature(inner.base_model.forward).parameters
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The model of transformers itself; adapters sit inside its layers."""
+        from peft import PeftModel
+
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def name(self) -> str:
+        """The path or hub name that it was loaded from."""
+        return self.inner.config.name_or_path
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "B T D"]:
+        """The last hidden states, after the final norm: what the head is applied to."""
+        arguments = {"input_ids": batch.tokens, "use_cache": False}
+        if self._takes_positions:
+            # No attention mask: padding stands to the right, and positions that restart tell the documents of a row apart.
+            arguments["position_ids"] = batch.positions
+        return self.inner.base_model(**arguments).last_hidden_state
+
+    def rows(self, batch: Batch) -> Float[Tensor, "N D"]:
+        """The hidden rows that predict a target, in the order of `batch.target_rows()`."""
+        return batch.select(self.hidden(batch))
+
+    def head(self) -> Head:
+        """Everything from a hidden row to its logits, as it is at this moment, under autograd."""
+        return read_head(self.inner.get_output_embeddings(), self._arithmetic, self.name)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Head]:
+        """`rows` and `head` in one call, for what wraps a module's forward."""
+        return self.rows(batch), self.head()

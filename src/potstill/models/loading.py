@@ -1,0 +1,244 @@
+"""Loads what a recipe names: any `AutoModelForCausalLM`, quantised or not, with adapters or without, and its tokenizer.
+
+Safetensors only, and no code that ships with a model unless it is pinned. Every failure names the path and the remedy.
+"""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from potstill.errors import ModelError
+from potstill.models.config import LoadingConfig, ModelConfig
+from potstill.models.environment import is_installed, require_quantiser, require_transformers
+
+require_transformers()
+
+from peft import PeftModel  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from potstill.models.adapters import add_lora, load_adapter  # noqa: E402
+
+Precision = Literal["bf16", "float32"]
+
+# What transformers raises for a folder, a name or a file that is not what it should be.
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+
+
+def _location(path: str) -> str:
+    """A local folder as an absolute path, a hub name as it is. Raises ModelError where a folder is plainly meant and is not there."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.exists():
+        raise ModelError(f"{path} is a file; a model is a folder with config.json and safetensors, or a name on the hub")
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ModelError(f"{path}: there is no such folder; a model is a folder with config.json and safetensors, or a name on the hub")
+    return path
+
+
+def _refuse_unsafe_folder(path: str, config: LoadingConfig) -> None:
+    """Raises ModelError for a local folder whose weights are pickles, or that is an adapter, or whose code is wanted."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if config.trust_remote_code:
+        raise ModelError(f"{path}: trust_remote_code is for a commit on the hub; the code in a local folder is not pinned by anything")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{path} is an adapter; name its base model as path and this folder as adapter")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{path} has no config.json, so it is not a model; it holds {_contents(folder)}")
+    if config.weights == "pretrained" and not any(folder.glob("*.safetensors")):
+        pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+        remedy = "convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
+        if pickles:
+            raise ModelError(f"{path}: its weights are {pickles[0]}, a pickle, which runs code when it is read; {remedy}")
+        raise ModelError(
+            f"{path} has no *.safetensors; it holds {_contents(folder)}. For a model from its configuration alone: weights: random"
+        )
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(f.name for f in folder.iterdir())
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") if names else "nothing"
+
+
+def _hub_arguments(config: LoadingConfig) -> dict:
+    # False and not None: None would let transformers ask on the terminal. code_revision pins the code too.
+    arguments: dict = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        arguments["revision"] = config.revision
+    if config.trust_remote_code:
+        arguments["code_revision"] = config.revision
+    return arguments
+
+
+def _explain(config: LoadingConfig, what: str, error: Exception) -> ModelError:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{config.path}: it ships code of its own, which is not run. If you have read it and trust it, set trust_remote_code: true "
+            "and revision to the commit (40 hexadecimal digits) that you have read"
+        )
+    if not Path(config.path).expanduser().is_dir() and isinstance(error, OSError):
+        return ModelError(f"{config.path}: neither a folder here nor a model that the hub gives ({what}): {text[:300]}")
+    return ModelError(f"{config.path}: {what} cannot be loaded: {text[:400]}")
+
+
+def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
+    """The model's configuration, without weights. Raises ModelError naming the path where there is none."""
+    path = _location(config.path)
+    _refuse_unsafe_folder(path, config)
+    try:
+        return AutoConfig.from_pretrained(path, **_hub_arguments(config))
+    except _LOADING_ERRORS as error:
+        raise _explain(config, "config.json", error) from error
+
+
+def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, with `config.chat_template` in place of its own where that is set."""
+    path = _location(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(config))
+    except _LOADING_ERRORS as error:
+        raise _explain(config, "its tokenizer", error) from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _chat_template(config.chat_template)
+    return tokenizer
+
+
+def _chat_template(source: str) -> str:
+    if "{%" in source or "{{" in source:
+        return source
+    try:
+        return Path(source).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"chat_template: {source} is neither a Jinja template nor a file that can be read ({error.strerror})") from error
+
+
+def choose_dtype(config: LoadingConfig, precision: Precision, trainable: bool) -> torch.dtype:
+    """Of the weights: what the recipe says; else float32 for weights that the optimizer changes, else the precision's own.
+
+    A bfloat16 weight does not see an update smaller than 1/256 of it, so weights that are trained whole are kept in float32
+    and computed with in bfloat16.
+    """
+    if config.dtype is not None:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    whole = trainable and isinstance(config, ModelConfig) and config.lora is None and config.adapter is None
+    return torch.float32 if precision == "float32" or whole else torch.bfloat16
+
+
+def _quantization(config: LoadingConfig, saved: PreTrainedConfig, dtype: torch.dtype, trainable: bool) -> BitsAndBytesConfig | None:
+    method = saved.to_dict().get("quantization_config", {}).get("quant_method")
+    learns_beside = isinstance(config, ModelConfig) and (config.lora is not None or config.adapter is not None)
+    if method is not None:
+        require_quantiser(str(method), config.path)
+        if config.quantization is not None:
+            raise ModelError(f"{config.path}: its weights are already quantised by {method}; leave out quantization: {config.quantization}")
+        if trainable and not learns_beside:
+            raise ModelError(f"{config.path}: its weights are quantised by {method} and cannot be trained; add lora")
+        return None
+    if config.quantization is None:
+        return None
+    if not is_installed("bitsandbytes"):
+        raise ModelError(f"{config.path}: quantization: {config.quantization} needs bitsandbytes: pip install 'potstill[quant]'")
+    if config.quantization == "8bit":
+        # It says on every product of every layer that it computes in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_model(
+    config: LoadingConfig, *, precision: Precision = "float32", trainable: bool = False, device: str | torch.device = "cpu",
+    seed: int = 0, sharded: bool = False,
+) -> nn.Module:
+    """A `PreTrainedModel`, or a `PeftModel` around one, in evaluation mode.
+
+    `trainable`: what the recipe lets learn requires a gradient and is float32, all else is frozen. `seed` fixes random weights
+    and a new adapter. `sharded`: the parameters are spread over the ranks of the initialised process group (FSDP2).
+    Raises ModelError naming the path and the remedy.
+    """
+    saved = read_model_config(config)
+    dtype = choose_dtype(config, precision, trainable)
+    arguments = {**_hub_arguments(config), "dtype": dtype}
+    if config.attention is not None:
+        arguments["attn_implementation"] = config.attention
+    quantization = _quantization(config, saved, dtype, trainable)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.weights == "random":
+            model = _random(config, saved, arguments).to(device)
+        else:
+            if quantization is not None:
+                arguments["quantization_config"] = quantization
+            quantised = quantization is not None or bool(saved.to_dict().get("quantization_config"))
+            model = _pretrained(config, arguments, torch.device(device), sharded, quantised)
+        model.requires_grad_(False)
+        return _made_trainable(config, model, trainable).eval()
+
+
+def _random(config: LoadingConfig, saved: PreTrainedConfig, arguments: dict) -> PreTrainedModel:
+    arguments = {key: value for key, value in arguments.items() if key not in ("revision", "code_revision")}
+    try:
+        return AutoModelForCausalLM.from_config(saved, **arguments)
+    except _LOADING_ERRORS as error:
+        raise _explain(config, "a model from its configuration", error) from error
+
+
+def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sharded: bool, quantised: bool) -> PreTrainedModel:
+    if sharded:
+        from potstill.models.sharding import sharding_arguments
+
+        arguments.update(sharding_arguments(config.path, quantised))
+    elif quantised:
+        # A quantised model is packed for its device while it is loaded and does not move afterwards.
+        arguments["device_map"] = {"": device}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            _location(config.path), use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except _LOADING_ERRORS as error:
+        raise _explain(config, "the model", error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills these with random numbers and goes on.
+        raise ModelError(
+            f"{config.path}: its files lack {len(missing)} of the model's weights, the first is {missing[0]}; "
+            f"is it really a checkpoint of {type(model).__name__}?"
+        )
+    return model if sharded or quantised else model.to(device)
+
+
+def _made_trainable(config: LoadingConfig, model: PreTrainedModel, trainable: bool) -> nn.Module:
+    result: PreTrainedModel | PeftModel = model
+    lora = config.lora if isinstance(config, ModelConfig) else None
+    if config.adapter is not None:
+        result = load_adapter(model, config.adapter, trainable=trainable and lora is None)
+    if not trainable:
+        return result
+    if lora is not None:
+        if isinstance(result, PeftModel):
+            result = result.merge_and_unload()  # the new adapter learns on top of what the old one taught
+        result = add_lora(result, lora)
+    elif config.adapter is None:
+        result.requires_grad_(True)
+    for parameter in result.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    if isinstance(config, ModelConfig) and config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return result

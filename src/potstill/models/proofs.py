@@ -1,0 +1,123 @@
+"""Asks a loaded model, with a few tokens, whether what we assume of it is true: its head's arithmetic, and that packing does not leak.
+
+Both are answered by the model's own forward, not by a list of families.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from potstill.batch import Batch
+from potstill.errors import ModelError
+from potstill.models.causal_lm import CausalLM
+
+# How far two ways through the same weights may lie apart, in units of the precision of the coarser dtype.
+_ROUNDINGS = 64
+# Logits of this size show a soft-cap that small logits would hide.
+_LOUD = 60.0
+
+
+@contextmanager
+def _quietly(causal_lm: CausalLM) -> Iterator[None]:
+    """Evaluation mode, no gradient, and autocast where trained parameters are wider than the frozen ones."""
+    training = causal_lm.training
+    dtypes = {p.dtype for p in causal_lm.parameters() if p.is_floating_point()}
+    narrow = next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
+    causal_lm.eval()
+    try:
+        mixed = torch.autocast(causal_lm.device.type, dtype=narrow or torch.bfloat16, enabled=narrow is not None and len(dtypes) > 1)
+        with torch.no_grad(), mixed:
+            yield
+    finally:
+        causal_lm.train(training)
+
+
+def _probe_tokens(causal_lm: CausalLM, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(causal_lm.vocabulary_size, (1, length), generator=generator).to(causal_lm.device)
+
+
+def _batch(tokens: Tensor, positions: Tensor, documents: Tensor) -> Batch:
+    return Batch(tokens, positions, documents, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest value, in units of the coarser dtype's precision."""
+    precision = max(torch.finfo(t.dtype).eps for t in (got, expected))
+    expected = expected.float()
+    return float((got.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30) / precision)
+
+
+def prove_head(causal_lm: CausalLM) -> None:
+    """Raises ModelError unless `head().logits(hidden)` gives the logits that the model's own forward gives.
+
+    The trunk's last state is made large on its way into the model's own head, so that a soft-cap, a scale or a bias that small
+    logits would hide is seen whatever the weights are.
+    """
+    tokens = _probe_tokens(causal_lm, 8)
+    positions = torch.arange(8, device=tokens.device)[None]
+    batch = _batch(tokens, positions, torch.zeros_like(tokens))
+    seen: list[Tensor] = []
+
+    def loudly(_module, _inputs, output):
+        seen.append(output.last_hidden_state)
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    with _quietly(causal_lm):
+        hidden, head = causal_lm.hidden(batch), causal_lm.head()
+        linear = head.weight[: causal_lm.vocabulary_size].float() @ hidden[0].float().T
+        factor = float(_LOUD / linear.abs().max().clamp_min(1e-6))
+        handle = causal_lm.inner.base_model.register_forward_hook(loudly)
+        try:
+            theirs = causal_lm.inner(input_ids=tokens, use_cache=False).logits
+        finally:
+            handle.remove()
+        if not seen or seen[0].shape != hidden.shape or _distance(seen[0], hidden) > _ROUNDINGS:
+            raise ModelError(
+                f"{causal_lm.name}: {type(causal_lm.inner).__name__} does not give its head the states that its trunk returns; {_REFUSAL}"
+            )
+        ours = head.logits((hidden * factor)[0])[None]
+    if ours.shape != theirs.shape or _distance(ours, theirs) > _ROUNDINGS:
+        found = f"widths {ours.shape[-1]} and {theirs.shape[-1]}" if ours.shape != theirs.shape else (
+            f"logits up to {float((ours.float() - theirs.float()).abs().max()):.3g} apart"
+        )
+        raise ModelError(
+            f"{causal_lm.name}: the head of {type(causal_lm.inner).__name__} does something that its configuration does not tell "
+            f"({found}); {_REFUSAL}"
+        )
+
+
+_REFUSAL = "training it through its head would optimise another model, so it is refused"
+
+
+def supports_packing(causal_lm: CausalLM) -> bool:
+    """Whether documents packed into one row stay apart: each sees itself alone, at its own positions.
+
+    False: set `data.packing: false`. Two rows are asked at once, since some attention kernels tell documents apart in one row only.
+    """
+    first, second = 5, 7
+    documents = torch.tensor([[0] * first + [1] * second], device=causal_lm.device).repeat(2, 1)
+    positions = torch.tensor([[*range(first), *range(second)]], device=causal_lm.device).repeat(2, 1)
+    follower = _probe_tokens(causal_lm, second, seed=1)
+
+    def packed(seed: int) -> Tensor:
+        row = torch.cat([_probe_tokens(causal_lm, first, seed), follower], dim=1).repeat(2, 1)
+        return causal_lm.hidden(_batch(row, positions, documents))[:, first:]
+
+    with _quietly(causal_lm):
+        beside_one, beside_another = packed(2), packed(3)
+        alone = causal_lm.hidden(_batch(follower, positions[:1, first:], torch.zeros_like(follower)))
+        # What stands before must not matter at all; alone may differ by rounding, since the kernels see other shapes.
+        return _distance(beside_another, beside_one) <= 1 and _distance(beside_one, alone.expand_as(beside_one)) <= 8 * _ROUNDINGS
+
+
+def refuse_leaking_packing(causal_lm: CausalLM) -> None:
+    """Raises ModelError with the remedy where `supports_packing` says no."""
+    if not supports_packing(causal_lm):
+        raise ModelError(
+            f"{causal_lm.name}: documents packed into one row see each other in {type(causal_lm.inner).__name__} with "
+            f"{causal_lm.inner.config._attn_implementation} attention; set data.packing: false, or another attention kernel"
+        )
