@@ -1,0 +1,1 @@
+"""Training: the distiller, the seam to transformers.Trainer, checkpoints and callbacks."""
