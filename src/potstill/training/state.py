@@ -62,8 +62,8 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         saved = tensors[name]
         if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
             raise IncompatibleError(
-                f"checkpoint: {name} is {saved.dtype} {list(saved.shape)} there and {parameter.dtype} {list(parameter.shape)} in the model; "
-                "was the model or its precision changed? --fresh starts over"
+                f"checkpoint: {name} is {saved.dtype} {list(saved.shape)}, and {parameter.dtype} {list(parameter.shape)} in the "
+                "model; was the model or its precision changed? --fresh starts over"
             )
         parameter.copy_(_like(saved, parameter))
 
@@ -133,7 +133,7 @@ def plain(value: Any) -> Any:
 
     Raises TypeError for what has no such form; a state that cannot be written exactly must not be written at all.
     """
-    if isinstance(value, Tensor) and value.ndim == 0 or isinstance(value, numpy.generic):
+    if (isinstance(value, Tensor) and value.ndim == 0) or isinstance(value, numpy.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
