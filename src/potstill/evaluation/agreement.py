@@ -1,0 +1,194 @@
+"""Measures a student's next-token distributions, and how far they are from a teacher's, on text that neither wrote here.
+
+Rows pass through both heads a chunk at a time, so that no [N, V] logits of a batch exist; distances are the objectives' own row
+functions, in float32, on the tokenizer's vocabulary (padded columns are cropped before the softmax). Sums are kept by document,
+in float64, because the tokens of one document are not independent. Knows nothing of files and formats.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from potstill.batch import Batch
+from potstill.errors import DataError, NonFiniteError
+from potstill.evaluation.metrics import CALIBRATION, COLUMN, NUM_CALIBRATION_BINS, NUM_COLUMNS, Measurement
+from potstill.evaluation.statistics import Estimate
+from potstill.head import Head
+from potstill.models.causal_lm import CausalLM
+from potstill.objectives import DIVERGENCES
+
+CHUNK_BYTES = 256 * 2**20
+_TENSORS_ALIVE = 8
+"""Vocabulary-wide float32 tensors that exist at once for a chunk: logits, log-probabilities, probabilities of two models, temporaries."""
+
+
+def measure(
+    student: CausalLM, batches: Iterable[Batch], teacher: CausalLM | None = None, *,
+    tokenizer: PreTrainedTokenizerBase | None = None, on_batch: Callable[[Batch], None] | None = None,
+) -> dict[str, Estimate]:  # fmt: skip
+    """Every metric of `metrics.METRICS` that can be had, each a mean over target tokens with its standard error by document.
+
+    With a `tokenizer` the bytes of the targets are counted and bits per byte are among them; with a `teacher`, the distances.
+    `on_batch` is called after each batch (a progress bar). Raises DataError where nothing is a target.
+    """
+    return measure_documents(student, batches, teacher, tokenizer=tokenizer, on_batch=on_batch).estimates()
+
+
+@torch.no_grad()
+def measure_documents(
+    student: CausalLM, batches: Iterable[Batch], teacher: CausalLM | None = None, *,
+    tokenizer: PreTrainedTokenizerBase | None = None, on_batch: Callable[[Batch], None] | None = None, chunk_rows: int | None = None,
+) -> Measurement:  # fmt: skip
+    """As `measure`, with the sums of every document, for comparisons and seeds.
+
+    Documents are told apart by Example.index (`batch.examples`): several windows of one document are one cluster. `chunk_rows` is
+    how many positions pass through the heads at once; by default as many as fit `CHUNK_BYTES`.
+    """
+    models = [student] if teacher is None else [student, teacher]
+    was_training = [model.training for model in models]
+    sums: dict[int, np.ndarray] = {}
+    try:
+        for model in models:
+            model.eval()
+        for number, batch in enumerate(batches):
+            for document, row in zip(*_measure_batch(student, batch, teacher, tokenizer, chunk_rows), strict=True):
+                # Without Example.index every document is its own cluster, numbered by batch so that none meet.
+                key = document if batch.examples else number * 2**32 + document
+                sums[key] = sums.get(key, 0) + row
+            if on_batch is not None:
+                on_batch(batch)
+    finally:
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
+    if not sums:
+        raise DataError("nothing to measure: no batch holds a target token; check the data's format and its targets")
+    documents = tuple(sorted(sums))
+    totals = np.stack([sums[document] for document in documents])
+    if not np.isfinite(totals).all():
+        broken = documents[int(np.flatnonzero(~np.isfinite(totals).all(axis=1))[0])]
+        raise NonFiniteError(f"document {broken}: its measurement is not finite: check the weights of the model for NaN")
+    return Measurement(documents, totals, teacher is not None, tokenizer is not None)
+
+
+def _measure_batch(
+    student: CausalLM, batch: Batch, teacher: CausalLM | None, tokenizer: PreTrainedTokenizerBase | None, chunk_rows: int | None
+) -> tuple[list[int], np.ndarray]:
+    """The documents of a batch that hold targets, and their sums [documents, NUM_COLUMNS]."""
+    head = student.head()
+    batch = batch.to(head.weight.device)
+    if batch.num_targets == 0:
+        return [], np.zeros((0, NUM_COLUMNS))
+    _, targets = batch.target_rows()
+    responses, owner = batch.target_responses().unique(return_inverse=True)
+    student_rows = student.rows(batch)
+    teacher_rows, teacher_head = (None, None) if teacher is None else (teacher.rows(batch), teacher.head())
+    vocabulary_size = student.vocabulary_size if teacher is None else min(student.vocabulary_size, teacher.vocabulary_size)
+    step = chunk_rows or max(16, CHUNK_BYTES // (4 * _TENSORS_ALIVE * vocabulary_size))
+    sums = torch.zeros(responses.shape[0], NUM_COLUMNS, dtype=torch.float64)
+    for start in range(0, targets.shape[0], step):
+        part = slice(start, start + step)
+        student_log_probs = log_probs(head, student_rows[part], vocabulary_size)
+        teacher_log_probs = None
+        if teacher_rows is not None and teacher_head is not None:
+            teacher_log_probs = log_probs(teacher_head, teacher_rows[part], vocabulary_size).to(student_log_probs.device)
+        measured = _measure_rows(student_log_probs, teacher_log_probs, targets[part])
+        sums.index_add_(0, owner[part].cpu(), measured.double().cpu())
+    names, token_bytes = _documents(batch, responses, tokenizer)
+    sums[:, COLUMN["bytes"]] = torch.tensor(token_bytes, dtype=torch.float64)
+    return names, sums.numpy()
+
+
+def log_probs(head: Head, rows: Tensor, vocabulary_size: int) -> Tensor:
+    """float32 log-probabilities [n, vocabulary_size] of hidden rows [n, D]; columns beyond the tokenizer get no mass."""
+    return torch.log_softmax(head.logits(rows)[:, :vocabulary_size].float(), dim=-1)
+
+
+def _measure_rows(student_log_probs: Tensor, teacher_log_probs: Tensor | None, targets: Tensor) -> Tensor:
+    """The columns of `metrics` for each row, [n, NUM_COLUMNS]."""
+    measured = student_log_probs.new_zeros(targets.shape[0], NUM_COLUMNS)
+
+    def put(column: str, values: Tensor) -> None:
+        measured[:, COLUMN[column]] = values.to(measured.dtype)
+
+    probabilities = student_log_probs.exp()
+    of_target = student_log_probs.gather(1, targets[:, None]).squeeze(1)
+    confidence, choice = probabilities.max(dim=-1)
+    correct = (choice == targets).to(measured.dtype)
+    put("targets", torch.ones_like(of_target))
+    put("nats", -of_target)
+    put("entropy", _entropy(student_log_probs))
+    # The sum over outcomes of (probability - outcome) squared, without the one-hot outcome.
+    put("brier", probabilities.square().sum(dim=-1) - 2 * of_target.exp() + 1)
+    bins = CALIBRATION.start + calibration_bin(confidence, NUM_CALIBRATION_BINS)
+    measured.scatter_(1, bins[:, None], (correct - confidence)[:, None])
+    if teacher_log_probs is not None:
+        put("teacher_nats", -teacher_log_probs.gather(1, targets[:, None]).squeeze(1))
+        put("teacher_entropy", _entropy(teacher_log_probs))
+        put("agreements", choice == teacher_log_probs.argmax(dim=-1))
+        for column in ("forward_kl", "reverse_kl", "tvd"):
+            put(column, DIVERGENCES[column](student_log_probs, teacher_log_probs))
+        put("jsd", DIVERGENCES["jsd"](student_log_probs, teacher_log_probs, beta=0.5))
+    return measured
+
+
+def calibration_bin(confidence: Tensor, num_bins: int) -> Tensor:
+    """The equal-width, right-closed bin of each confidence: bin b is (b / num_bins, (b + 1) / num_bins]."""
+    edges = torch.arange(1, num_bins, dtype=torch.float64, device=confidence.device) / num_bins
+    return torch.bucketize(confidence.double(), edges)
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = NUM_CALIBRATION_BINS) -> float:
+    """`sum_b n_b / N * |accuracy_b - confidence_b|` over equal-width right-closed bins (Guo et al. 2017); confidence and correct [N]."""
+    gaps = torch.zeros(num_bins, dtype=torch.float64)
+    gaps.index_add_(0, calibration_bin(confidence, num_bins), correct.double() - confidence.double())
+    return float(gaps.abs().sum() / confidence.shape[0])
+
+
+def _entropy(log_probabilities: Tensor) -> Tensor:
+    """Entropy in nats of each row; an outcome of no mass adds nothing, also where its log-probability is -inf."""
+    return -torch.where(log_probabilities.isfinite(), log_probabilities.exp() * log_probabilities, 0.0).sum(dim=-1)
+
+
+def _documents(batch: Batch, responses: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
+    """For each response number of the batch its document's name (Example.index, else its own number) and the bytes of its targets."""
+    width = int(batch.documents.max()) + 1
+    present = (batch.documents[:, :, None] == torch.arange(width, device=batch.documents.device)).any(dim=1).cpu()
+    names: dict[int, int] = {}
+    for number, (sequence, document) in enumerate(present.nonzero().tolist()):
+        names[sequence * width + document] = batch.examples[number] if batch.examples else sequence * width + document
+    numbers = responses.tolist()
+    if tokenizer is None:
+        return [names[number] for number in numbers], [0] * len(numbers)
+    token_bytes = []
+    for number in numbers:
+        sequence, document = divmod(number, width)
+        inside = batch.documents[sequence] == document
+        tokens, is_target = batch.tokens[sequence][inside], batch.is_target[sequence][inside]
+        token_bytes.append(target_bytes(tokens.tolist(), is_target.tolist(), tokenizer))
+    return [names[number] for number in numbers], token_bytes
+
+
+def target_bytes(tokens: list[int], is_target: list[bool], tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text that the targets of one document stand for; special tokens stand for none.
+
+    Spans are decoded with what stands before them, because many tokenizers drop or add a space at the beginning of a text. The
+    first token has no predictor and is never counted.
+    """
+    total, position = 0, 1
+    while position < len(tokens):
+        if not is_target[position]:
+            position += 1
+            continue
+        end = position
+        while end < len(tokens) and is_target[end]:
+            end += 1
+        total += _decoded_bytes(tokens[:end], tokenizer) - _decoded_bytes(tokens[:position], tokenizer)
+        position = end
+    return total
+
+
+def _decoded_bytes(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)).encode("utf-8"))

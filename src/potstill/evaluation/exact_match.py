@@ -1,0 +1,156 @@
+"""Lets a model answer prompts greedily, in batches with a cache, and has a program check each answer.
+
+The loop is our own because `generate` of transformers takes unset options from the model's generation configuration: a
+repetition penalty that ships with a model would change a greedy answer. Knows nothing of tasks: the caller brings the checker.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from potstill.errors import DataError
+from potstill.evaluation.statistics import Estimate, proportion_of
+from potstill.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class Question:
+    """A rendered prompt, generation prompt included, and the program that says whether the answer's text is right."""
+
+    prompt: Sequence[int]
+    is_right: Callable[[str], bool]
+    index: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote: `tokens` without the stop token; `stopped` is False where `max_new_tokens` cut it."""
+
+    index: int
+    text: str
+    correct: bool
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Accuracy over questions and every answer, in the order of the questions."""
+
+    accuracy: Estimate
+    answers: tuple[Answer, ...]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """1.0 where the answer is right, by question [I]; what paired comparisons take."""
+        return np.array([answer.correct for answer in self.answers], dtype=np.float64)
+
+
+def exact_match(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
+    max_new_tokens: int, batch_size: int = 32, on_answers: Callable[[int], None] | None = None,
+) -> ExactMatch:  # fmt: skip
+    """Greedy answers to all questions and the share that is right. `on_answers` is called with how many were just answered."""
+    if not questions:
+        raise DataError("there is no question to answer; check the data and its split")
+    written = generate_greedily(
+        model, [question.prompt for question in questions], max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens(model, tokenizer), batch_size=batch_size, on_answers=on_answers,
+    )  # fmt: skip
+    answers = []
+    for question, (tokens, stopped) in zip(questions, written, strict=True):
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        answers.append(Answer(question.index, text, bool(question.is_right(text)), tuple(tokens), stopped))
+    return ExactMatch(proportion_of([answer.correct for answer in answers]), tuple(answers))
+
+
+def stop_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the model's configurations (Llama 3 has several)."""
+    configured = [model.inner.config.get_text_config().eos_token_id]
+    if model.inner.generation_config is not None:
+        configured.append(model.inner.generation_config.eos_token_id)
+    found: set[int] = set()
+    for named in (tokenizer.eos_token_id, *configured):
+        found.update(int(token) for token in (named if isinstance(named, list) else [named]) if isinstance(token, int))
+    if not found:
+        raise DataError(f"{model.name}: neither the tokenizer nor the model names an end-of-sequence token; set tokenizer.eos_token")
+    return frozenset(found)
+
+
+@torch.no_grad()
+def generate_greedily(
+    model: CausalLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_tokens: frozenset[int],
+    batch_size: int = 32, on_answers: Callable[[int], None] | None = None,
+) -> list[tuple[list[int], bool]]:  # fmt: skip
+    """For each prompt the greedy continuation without its stop token, and whether it stopped by itself.
+
+    Prompts of like length share a batch, padded on the left; a sequence that has stopped leaves the batch and its cache. Padded
+    vocabulary rows are never chosen.
+    """
+    empty = [position for position, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise DataError(f"prompt {empty[0]} is empty; a model needs at least one token to continue")
+    was_training = model.training
+    model.eval()
+    written: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
+    # Longest first: what is going to fail for want of memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            answers = _generate_batch(model, [prompts[position] for position in chosen], max_new_tokens, stop_tokens)
+            for position, answer in zip(chosen, answers, strict=True):
+                written[position] = answer
+            if on_answers is not None:
+                on_answers(len(chosen))
+    finally:
+        model.train(was_training)
+    return written
+
+
+def _generate_batch(
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_tokens: frozenset[int]
+) -> list[tuple[list[int], bool]]:
+    tokens, mask = _pad_left(prompts, model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    stops = torch.tensor(sorted(stop_tokens), device=tokens.device)
+    cache = DynamicCache(config=model.inner.config)
+    answers: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    alive = torch.arange(len(prompts), device=tokens.device)
+    for _ in range(max_new_tokens):
+        output = model.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        following = output.logits[:, -1, : model.vocabulary_size].argmax(dim=-1)
+        is_stop = torch.isin(following, stops)
+        for row, token, stop in zip(alive.tolist(), following.tolist(), is_stop.tolist(), strict=True):
+            if stop:
+                stopped[row] = True
+            else:
+                answers[row].append(token)
+        keep = (~is_stop).nonzero().squeeze(1)
+        if keep.numel() == 0:
+            break
+        if keep.numel() < alive.numel():
+            alive, following, mask, positions = alive[keep], following[keep], mask[keep], positions[keep]
+            cache.batch_select_indices(keep)
+        tokens = following[:, None]
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return list(zip(answers, stopped, strict=True))
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B, T]; the padding token's value does not matter, because the mask hides it."""
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    return tokens.to(device), mask.to(device)

@@ -1,0 +1,177 @@
+"""Estimates and their uncertainty: every number that is reported comes with a standard error.
+
+One idea serves all metrics. A metric is a function of totals over items (documents, questions): the totals' columns are sums
+such as "nats" and "tokens", and the function is a ratio of them or something less linear. The tokens of one document are not
+independent, so the document is what is left out (jackknife) or drawn again (bootstrap). Knows nothing of models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""From totals [..., K] to values [...]; vectorised over the leading axes, which hold jackknife or bootstrap replicates."""
+
+CONFIDENCE = 0.95
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error. `standard_error` is None where there was only one item: the uncertainty is unknown, not zero.
+
+    `count` is how many units the value averages (target tokens, questions); `num_clusters` how many independent ones (documents,
+    questions, seeds) its standard error rests on.
+    """
+
+    value: float
+    standard_error: float | None
+    count: int
+    unit: str = ""
+    num_clusters: int | None = None
+
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+        """The confidence interval by Student's t over the clusters; None where the standard error is unknown."""
+        if self.standard_error is None:
+            return None
+        degrees = max((self.num_clusters or self.count) - 1, 1)
+        half = student_t_quantile(0.5 + confidence / 2, degrees) * self.standard_error
+        return self.value - half, self.value + half
+
+
+def ratio(numerator: int = 0, denominator: int = 1) -> Statistic:
+    """The statistic `totals[numerator] / totals[denominator]`: a mean over tokens of documents with unequal lengths."""
+
+    def statistic(totals: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return totals[..., numerator] / totals[..., denominator]
+
+    return statistic
+
+
+def jackknife(statistic: Statistic, items: np.ndarray) -> tuple[float, np.ndarray]:
+    """The statistic of items [I, K] and each item's influence on it [I].
+
+    The influences are centred and scaled so that the variance of the statistic is `I / (I - 1) * sum(influence ** 2)`, and so
+    that influences of statistics over the same items can be subtracted (paired differences) and averaged (seeds).
+    Source: Efron and Stein (1981), the delete-one jackknife; for a ratio it equals the linearised cluster-robust variance up to O(1/I).
+    """
+    totals = items.sum(axis=0)
+    value = float(statistic(totals))
+    num_items = items.shape[0]
+    if num_items < 2:
+        return value, np.full(num_items, np.nan)
+    without = statistic(totals - items)
+    # An item that holds everything (all targets in one document) leaves nothing to compare: its influence is unknown.
+    return value, (without.mean() - without) * (num_items - 1) / num_items
+
+
+def influence_variance(influences: np.ndarray) -> float:
+    """The variance of a statistic from its centred influences [I]; nan where I < 2."""
+    num_items = influences.shape[0]
+    if num_items < 2:
+        return float("nan")
+    return float(num_items / (num_items - 1) * np.square(influences).sum())
+
+
+def estimate(statistic: Statistic, items: np.ndarray, *, count: int, unit: str = "") -> Estimate:
+    """The statistic over items [I, K] with its jackknife standard error; the items are the independent clusters."""
+    items = np.asarray(items, dtype=np.float64)
+    value, influences = jackknife(statistic, items)
+    variance = influence_variance(influences)
+    return Estimate(value, _root(variance), count, unit, items.shape[0])
+
+
+def mean_of(values: Sequence[float] | np.ndarray, unit: str = "") -> Estimate:
+    """The mean of independent values (one a question, say) with its standard error."""
+    column = np.asarray(values, dtype=np.float64)
+    return estimate(ratio(), np.stack([column, np.ones_like(column)], axis=1), count=column.shape[0], unit=unit)
+
+
+def proportion_of(correct: Sequence[bool] | np.ndarray) -> Estimate:
+    """The share of independent yes-or-no items that are yes, as Agresti and Coull (1998): the standard error is that of
+    (yes + 2) / (items + 4), so that 50 right answers of 50 are not reported as certain.
+    """
+    num_yes, num_items = float(np.sum(correct)), len(correct)
+    adjusted = (num_yes + 2) / (num_items + 4)
+    return Estimate(num_yes / num_items, float(np.sqrt(adjusted * (1 - adjusted) / (num_items + 4))), num_items, "", num_items)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A value over S seeds and I shared items, and where its uncertainty comes from.
+
+    `item_variance` is that of choosing other items, `seed_variance` that of training again; `degrees` are Satterthwaite's effective
+    degrees of freedom of their sum, few where the seeds dominate and there are two or three of them.
+    """
+
+    value: float
+    item_variance: float
+    seed_variance: float
+    degrees: float
+
+    @property
+    def standard_error(self) -> float | None:
+        return _root(self.item_variance + self.seed_variance)
+
+    @property
+    def quantile(self) -> float:
+        """How many standard errors the half-width of the confidence interval is."""
+        return student_t_quantile(0.5 + CONFIDENCE / 2, self.degrees)
+
+
+def spread(values: Sequence[float], influences: np.ndarray) -> Spread:
+    """Joins S values (one a seed) and their influences [S, I] over the same items: crossed random effects of seeds and items.
+
+    Each of the two variances also holds the residual of a seed and an item together, so that their sum counts it twice: it errs
+    on the side of caution, and it is never negative.
+    """
+    num_seeds, num_items = influences.shape
+    item_variance = influence_variance(influences.mean(axis=0))
+    seed_variance = float(np.var(values, ddof=1) / num_seeds) if num_seeds > 1 else 0.0
+    total = item_variance + seed_variance
+    item_degrees, seed_degrees = max(num_items - 1, 1), max(num_seeds - 1, 1)
+    if not total > 0:
+        return Spread(float(np.mean(values)), item_variance, seed_variance, float(item_degrees))
+    degrees = total**2 / (item_variance**2 / item_degrees + seed_variance**2 / seed_degrees)
+    return Spread(float(np.mean(values)), item_variance, seed_variance, degrees)
+
+
+def across_seeds(statistic: Statistic, runs: np.ndarray, *, count: int, unit: str = "") -> Estimate:
+    """The mean of a statistic over S runs measured on the same I items, runs [S, I, K].
+
+    Its standard error covers both other items and other seeds; `num_clusters` is set so that `interval` uses the effective degrees
+    of freedom of the two together.
+    """
+    runs = np.asarray(runs, dtype=np.float64)
+    values, influences = zip(*(jackknife(statistic, run) for run in runs), strict=True)
+    joined = spread(values, np.stack(influences))
+    return Estimate(joined.value, joined.standard_error, count, unit, max(int(joined.degrees), 1) + 1)
+
+
+def student_t_quantile(probability: float, degrees: float) -> float:
+    """The quantile of Student's t for any (fractional) degrees of freedom of at least 1; the normal one beyond 10,000."""
+    degrees, angles, mass = _student_t(degrees)
+    angle = np.interp(abs(2 * probability - 1), mass, angles)
+    return float(np.sign(probability - 0.5) * np.sqrt(degrees) * np.tan(angle))
+
+
+def student_t_p_value(ratio_to_error: float, degrees: float) -> float:
+    """The two-sided p-value of a difference that is `ratio_to_error` standard errors away from zero."""
+    degrees, angles, mass = _student_t(degrees)
+    return float(1 - np.interp(np.arctan(abs(ratio_to_error) / np.sqrt(degrees)), angles, mass))
+
+
+def _student_t(degrees: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """Student's t folded at 0, as a table: with t = sqrt(degrees) * tan(angle) its density is cos(angle) ** (degrees - 1)."""
+    degrees = min(max(degrees, 1.0), 1e4)
+    # Squared spacing puts the points near 0, where the mass of many degrees of freedom lies.
+    angles = np.linspace(0.0, 1.0, 20_001) ** 2 * (np.pi / 2)
+    density = np.cos(angles).clip(0.0) ** (degrees - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(angles))])
+    return degrees, angles, mass / mass[-1]
+
+
+def _root(variance: float) -> float | None:
+    return float(np.sqrt(variance)) if np.isfinite(variance) else None

@@ -1,0 +1,1 @@
+"""What a run folder holds, as numbers and as one page. Reads run folders and nothing else."""
