@@ -77,25 +77,25 @@ def _measure_batch(
     student: CausalLM, batch: Batch, teacher: CausalLM | None, tokenizer: PreTrainedTokenizerBase | None, chunk_rows: int | None
 ) -> tuple[list[int], np.ndarray]:
     """The documents of a batch that hold targets, and their sums [documents, NUM_COLUMNS]."""
-    head = student.head()
-    batch = batch.to(head.weight.device)
+    batch = batch.to(student.device)
     if batch.num_targets == 0:
         return [], np.zeros((0, NUM_COLUMNS))
     _, targets = batch.target_rows()
     responses, owner = batch.target_responses().unique(return_inverse=True)
-    student_rows = student.rows(batch)
-    teacher_rows, teacher_head = (None, None) if teacher is None else (teacher.rows(batch), teacher.head())
+    student_rows, student_head = student(batch)
+    teacher_rows, teacher_head = (None, None) if teacher is None else teacher(batch.to(teacher.device))
     vocabulary_size = student.vocabulary_size if teacher is None else min(student.vocabulary_size, teacher.vocabulary_size)
     step = chunk_rows or max(16, CHUNK_BYTES // (4 * _TENSORS_ALIVE * vocabulary_size))
     sums = torch.zeros(responses.shape[0], NUM_COLUMNS, dtype=torch.float64)
     for start in range(0, targets.shape[0], step):
         part = slice(start, start + step)
-        student_log_probs = log_probs(head, student_rows[part], vocabulary_size)
+        student_log_probs = log_probs(student_head, student_rows[part], vocabulary_size)
         teacher_log_probs = None
         if teacher_rows is not None and teacher_head is not None:
             teacher_log_probs = log_probs(teacher_head, teacher_rows[part], vocabulary_size).to(student_log_probs.device)
         measured = _measure_rows(student_log_probs, teacher_log_probs, targets[part])
-        sums.index_add_(0, owner[part].cpu(), measured.double().cpu())
+        # Float64 stays on the processor: some accelerators have none.
+        sums.index_add_(0, owner[part].cpu(), measured.cpu().double())
     names, token_bytes = _documents(batch, responses, tokenizer)
     sums[:, COLUMN["bytes"]] = torch.tensor(token_bytes, dtype=torch.float64)
     return names, sums.numpy()
