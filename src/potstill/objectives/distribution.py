@@ -1,0 +1,76 @@
+"""Matching next-token distributions: which outcomes, which distance, which weights, mixed with cross-entropy as the recipe says."""
+
+import torch
+from torch import Tensor, nn
+
+from potstill.batch import Batch
+from potstill.errors import IncompatibleError
+from potstill.head import Head
+from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value
+from potstill.objectives.execution import Execution
+from potstill.objectives.fused import FusedLoss, run_plan
+from potstill.objectives.plan import make_plan
+from potstill.objectives.reduction import check_reduction, count, row_weights
+from potstill.objectives.weights import sequence_weight
+from potstill.signals import Needs, TeacherSignal
+
+_NEEDS = {"full": Needs("full"), "top_k_tail": Needs("top_k"), "top_k_renormalised": Needs("top_k"), "samples": Needs("sampled")}
+
+
+class DistributionMatching(nn.Module):
+    """(1 - kd_ratio) cross-entropy + kd_ratio divergence, summed over target rows, through both heads in chunks.
+
+    `parameters` is flat: those of the divergence, of the support and of the token weight, as a recipe has them; see the catalogue.
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        parameters: dict[str, Value] | None = None,
+        kd_ratio: float = 0.5,
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool | None = None,
+        support: str = "full",
+        token_weight: str = "none",
+        reduction: str = "token_mean",
+        vocabulary_size: int | None = None,
+        execution: Execution | None = None,
+    ):
+        super().__init__()
+        self.plan = make_plan(
+            divergence, parameters, kd_ratio=kd_ratio, temperature=temperature,
+            scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight,
+        )
+        self.needs = _NEEDS[support]
+        self.reduction = check_reduction(reduction)
+        self.vocabulary_size = vocabulary_size
+        self.execution = execution or Execution()
+
+    def count(self, batch: Batch) -> int:
+        """What the total of the whole optimizer step is divided by, summed over its micro-batches and ranks."""
+        return count(self.reduction, batch)
+
+    def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
+        """`student_rows [N, D]` and `signal` answer the rows of `batch.target_rows()`, in their order."""
+        if signal is None or signal.outcomes is None:
+            raise IncompatibleError(f"{self.plan.divergence} needs the teacher's {self.needs.outcomes} outcomes; found none; score the batch first")
+        outcomes = signal.outcomes
+        targets = batch.target_rows()[1]
+        weights = row_weights(self.reduction, batch)
+        of_divergence = None
+        if self.plan.token_weight in SEQUENCE_WEIGHTS and len(targets):
+            with torch.no_grad():
+                first_look = run_plan(
+                    self.plan, student_rows, student_head, outcomes, targets,
+                    vocabulary_size=self.vocabulary_size, training=False, execution=self.execution,
+                ).by_row
+            of_divergence = sequence_weight(
+                self.plan.token_weight, dict(self.plan.weight_parameters), batch.target_responses(), first_look["divergence"],
+                first_look.get("disagreement", first_look["divergence"]),
+            )
+        return run_plan(
+            self.plan, student_rows, student_head, outcomes, targets,
+            vocabulary_size=self.vocabulary_size, row_weights=weights, divergence_weights=of_divergence, training=self.training,
+            execution=self.execution,
+        )

@@ -1,0 +1,66 @@
+"""How the fused loss is executed: how many rows at once, and whether the elementwise part is compiled.
+
+Two sizes, because two costs pull apart: the head's gradient is cheapest in few large groups of rows (each further group reads and
+writes a tensor as large as the head), while the teacher's logits need never exist for more than a slice of a group. A third, the
+block, keeps the elementwise part inside the cache where it is not compiled.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from potstill.objectives.plan import Plan
+from potstill.objectives.tile import Finish, TileInput, tile_step
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Execution:
+    """`compile` fuses the elementwise part with torch.compile: seconds once, then less time in each step. Sizes are in rows.
+
+    "auto" compiles on a CUDA device and nowhere else: whoever knows that a run is long says "on".
+    """
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    group_rows: int | None = None
+    slice_rows: int | None = None
+    block_rows: int | None = None
+
+    def compiles(self, device: torch.device) -> bool:
+        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of one gradient product, of one logits product, of one elementwise block."""
+
+    group: int
+    slice: int
+    block: int
+
+
+def choose_sizes(execution: Execution, num_rows: int, vocabulary: int, width: int, itemsize: int, *, head_gradient: bool, device: torch.device) -> Sizes:
+    """Sizes for one call, deterministic in its arguments."""
+    row_bytes = vocabulary * itemsize
+    cuda = device.type == "cuda"
+    # A tile as large as the head's own gradient, which must exist in any case, is the natural size; never less than a good product needs.
+    group = max(64 * _MIB // row_bytes, width if head_gradient else 0, 64)
+    group = min(group, max(512 * _MIB // row_bytes, 64))
+    group = max(1, min(execution.group_rows or group, num_rows))
+    narrow = max((256 if cuda else 16) * _MIB // row_bytes, 64)
+    part = max(1, min(execution.slice_rows or narrow, group))
+    block = part if cuda else max(1, (1 * _MIB // 4) // (vocabulary * 2))
+    return Sizes(group, part, max(1, min(execution.block_rows or block, part)))
+
+
+@lru_cache(maxsize=64)
+def compiled_step(plan: Plan, finishes: tuple[Finish, Finish], training: bool, details: bool):
+    """A compiled tile for one plan. Row counts are static: whoever calls it does so with blocks of one size."""
+
+    def step(linear: torch.Tensor, rows: TileInput):
+        return tile_step(plan, finishes, linear, rows, training=training, details=details)
+
+    return torch.compile(step, dynamic=False)

@@ -1,0 +1,206 @@
+"""The loop under the fused loss: groups of rows, slices of a group, blocks of a slice; and the gradients that they leave.
+
+It works on plain tensors outside of autograd. It knows the products of a head and the tile's step, and no formula.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potstill.objectives.execution import Execution, Sizes, choose_sizes, compiled_step
+from potstill.objectives.plan import Plan
+from potstill.objectives.tile import Finish, TileInput, tile_step
+from potstill.signals import FullOutcomes, SampledOutcomes, TeacherOutcomes, TopKOutcomes
+
+Products = list[tuple[Tensor, Tensor]]
+# The head's gradient is added up in float32 through a window of this many rows of the head.
+_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass needs beside the tensors that are differentiated. `finishes` are the student's and the teacher's."""
+
+    plan: Plan
+    finishes: tuple[Finish, Finish]
+    vocabulary: int
+    teacher: TeacherOutcomes | None
+    targets: Tensor
+    row_weights: Tensor
+    divergence_weights: Tensor | None
+    execution: Execution
+    details: bool
+
+
+def run(
+    job: Job, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    """`tensors` are (bias, left, right, left, right, ...). Returns the total, the losses by row, and the gradients that are wanted."""
+    bias, products = tensors[0], _pairs(tensors[1:])
+    num_rows, width = products[0][0].shape
+    device = products[0][0].device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        dtype = products[0][0].dtype
+        for tensor in tensors:
+            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+        head_gradient = any(wanted[2::2])
+        sizes = choose_sizes(
+            job.execution, num_rows, job.vocabulary, width, dtype.itemsize, head_gradient=head_gradient, device=device
+        )
+        gradients = _Gradients(tensors, wanted, job.vocabulary, num_groups=-(-num_rows // sizes.group))
+        tile = torch.empty(sizes.group, job.vocabulary, dtype=dtype, device=device)
+        teacher = _TeacherSlices(job, sizes.slice)
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, num_rows, sizes.group):
+            group = slice(start, min(start + sizes.group, num_rows))
+            part = tile[: group.stop - group.start]
+            _run_group(job, sizes, products, bias, teacher, group, part, any(wanted), found)
+            gradients.add(products, group, part)
+        by_row = {name: torch.cat(parts) for name, parts in found.items()}
+        return _total(job, by_row), by_row, gradients.finish()
+
+
+def _pairs(tensors: tuple[Tensor | None, ...]) -> Products:
+    return [(left, right) for left, right in zip(tensors[::2], tensors[1::2], strict=True) if left is not None and right is not None]
+
+
+def _run_group(
+    job: Job, sizes: Sizes, products: Products, bias: Tensor | None, teacher: "_TeacherSlices", group: slice, tile: Tensor,
+    training: bool, found: dict[str, list[Tensor]],
+) -> None:
+    """Losses of a group of rows; with `training` the gradient over the linear part of the student's head replaces the tile."""
+    compiles = job.execution.compiles(tile.device)
+    for start in range(group.start, group.stop, sizes.slice):
+        rows = slice(start, min(start + sizes.slice, group.stop))
+        linear = tile[rows.start - group.start : rows.stop - group.start]
+        _linear_into(linear, [(left[rows], right) for left, right in products], bias)
+        answers = teacher.answers(rows)
+        for first in range(0, rows.stop - rows.start, sizes.block):
+            block = slice(first, min(first + sizes.block, rows.stop - rows.start))
+            here = slice(rows.start + block.start, rows.start + block.stop)
+            inputs = TileInput(
+                targets=job.targets[here],
+                teacher=tuple(answer[block] for answer in answers),
+                row_weights=job.row_weights[here],
+                divergence_weights=None if job.divergence_weights is None else job.divergence_weights[here],
+            )
+            if compiles and block.stop - block.start == sizes.block:
+                step = compiled_step(job.plan, job.finishes, training, job.details)
+                losses = step(linear[block], inputs)
+            else:
+                losses = tile_step(job.plan, job.finishes, linear[block], inputs, training=training, details=job.details)
+            for name, values in losses.items():
+                found.setdefault(name, []).append(values)
+
+
+def _linear_into(out: Tensor, products: Products, bias: Tensor | None) -> None:
+    """out = sum of left @ right.T, plus the bias, without a second vocabulary-wide tensor where the dtypes agree."""
+    for number, (left, right) in enumerate(products):
+        right = right[: out.shape[1]]
+        if left.dtype == out.dtype:
+            if number == 0:
+                torch.mm(left, right.T, out=out)
+            else:
+                out.addmm_(left, right.T)
+        elif number == 0:
+            out.copy_(left @ right.T)
+        else:
+            out.add_(left @ right.T)
+    if bias is not None:
+        out.add_(bias[: out.shape[1]])
+
+
+class _TeacherSlices:
+    """The teacher's answer for a slice of rows; a live teacher's logits go into one buffer that every slice reuses."""
+
+    def __init__(self, job: Job, slice_rows: int):
+        self._job = job
+        self._products: Products = []
+        if job.plan.has_teacher and isinstance(job.teacher, FullOutcomes):
+            self._products = [(left.to(right.dtype), right) for left, right in job.teacher.head.factors(job.teacher.hidden)]
+            dtype = self._products[0][0].dtype
+            for _, right in self._products:
+                dtype = torch.promote_types(dtype, right.dtype)
+            self._buffer = torch.empty(slice_rows, job.vocabulary, dtype=dtype, device=job.targets.device)
+
+    def answers(self, rows: slice) -> tuple[Tensor, ...]:
+        teacher = self._job.teacher
+        if not self._job.plan.has_teacher or teacher is None:
+            return ()
+        if isinstance(teacher, TopKOutcomes):
+            return teacher.ids[rows].long(), teacher.log_probs[rows], teacher.log_tail[rows]
+        if isinstance(teacher, SampledOutcomes):
+            return teacher.ids[rows].long(), teacher.weights[rows]
+        linear = self._buffer[: rows.stop - rows.start]
+        _linear_into(linear, [(left[rows], right) for left, right in self._products], teacher.head.bias)
+        return (linear,)
+
+
+class _Gradients:
+    """Gradients of the bias and of each product's factors, group by group; rows of a head beyond the vocabulary keep 0."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], vocabulary: int, num_groups: int):
+        self._tensors, self._vocabulary, self._single = tensors, vocabulary, num_groups <= 1
+        self._gradients: list[Tensor | None] = []
+        for place, (tensor, want) in enumerate(zip(tensors, wanted, strict=True)):
+            if tensor is None or not want:
+                self._gradients.append(None)
+            elif place % 2 == 1:
+                self._gradients.append(torch.empty_like(tensor))
+            else:
+                gradient = torch.empty_like(tensor, dtype=self._sum_dtype(tensor))
+                gradient[0 if num_groups == 0 else vocabulary :] = 0
+                self._gradients.append(gradient)
+        self._started = False
+
+    def _sum_dtype(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if self._single else torch.promote_types(tensor.dtype, torch.float32)
+
+    def add(self, products: Products, group: slice, over_linear: Tensor) -> None:
+        """`over_linear [n, V]` is the gradient over the student's linear logits for the rows of `group`."""
+        bias = self._gradients[0]
+        if bias is not None:
+            total = over_linear.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
+            bias[: self._vocabulary] = total if not self._started else bias[: self._vocabulary] + total
+        for number, (left, right) in enumerate(products):
+            over_left, over_right = self._gradients[1 + 2 * number], self._gradients[2 + 2 * number]
+            if over_left is None and over_right is None:
+                continue
+            same = over_linear.to(left.dtype)
+            if over_left is not None:
+                torch.mm(same, right[: self._vocabulary], out=over_left[group])
+            if over_right is not None:
+                self._add_product(over_right[: self._vocabulary], same, left[group])
+        self._started = True
+
+    def _add_product(self, total: Tensor, over_linear: Tensor, left: Tensor) -> None:
+        if not self._started and total.dtype == left.dtype:
+            torch.mm(over_linear.T, left, out=total)
+        elif total.dtype == left.dtype:
+            total.addmm_(over_linear.T, left)
+        else:
+            for start in range(0, total.shape[0], _WINDOW):
+                window = slice(start, start + _WINDOW)
+                product = over_linear[:, window].T @ left
+                if self._started:
+                    total[window] += product
+                else:
+                    total[window] = product
+
+    def finish(self) -> list[Tensor | None]:
+        """In each tensor's own dtype."""
+        pairs = zip(self._gradients, self._tensors, strict=True)
+        return [None if gradient is None or tensor is None else gradient.to(tensor.dtype) for gradient, tensor in pairs]
+
+
+def _total(job: Job, by_row: dict[str, Tensor]) -> Tensor:
+    """A weight of zero takes an infinite divergence out, as a masked row would."""
+    total = job.row_weights.new_zeros(())
+    if job.plan.kd_ratio < 1 and "cross_entropy" in by_row:
+        total = total + (1 - job.plan.kd_ratio) * (job.row_weights * by_row["cross_entropy"]).sum()
+    if job.plan.divergence_factor > 0 and "divergence" in by_row:
+        weights = job.row_weights * by_row["token_weight"] if "token_weight" in by_row else job.row_weights
+        weighted = torch.where(weights > 0, weights * by_row["divergence"], 0.0)
+        total = total + job.plan.divergence_factor * weighted.sum()
+    return total

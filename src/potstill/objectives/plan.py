@@ -1,0 +1,72 @@
+"""A distillation loss as a set of choices that fit together, checked once; what a tile needs to know.
+
+It knows nothing of chunks, heads or models.
+"""
+
+from dataclasses import dataclass
+
+from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, scales_by_temperature_squared
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resolved choices: every parameter is present, every default has been taken.
+
+    `kd_ratio` weighs the divergence, `1 - kd_ratio` the cross-entropy. Tuples of items stand for dictionaries so that a plan can be
+    the key of a compiled tile.
+    """
+
+    divergence: str
+    parameters: tuple[tuple[str, Value], ...]
+    kd_ratio: float
+    temperature: float
+    squared: bool
+    support: str
+    support_size: int
+    token_weight: str
+    weight_parameters: tuple[tuple[str, Value], ...]
+    has_teacher: bool = True
+
+    @property
+    def divergence_factor(self) -> float:
+        """What multiplies a position's divergence in the total."""
+        return self.kd_ratio * (self.temperature**2 if self.squared else 1.0)
+
+    @property
+    def weighs_tokens_itself(self) -> bool:
+        """Whether the token weight comes from the position alone, inside the tile."""
+        return self.token_weight != "none" and self.token_weight not in SEQUENCE_WEIGHTS
+
+
+def make_plan(
+    divergence: str,
+    parameters: dict[str, Value] | None,
+    *,
+    kd_ratio: float,
+    temperature: float,
+    scale_by_temperature_squared: bool | None,
+    support: str,
+    token_weight: str,
+) -> Plan:
+    """Checks the choices of a recipe or a call; ConfigError names what does not fit. `parameters` is flat."""
+    if not 0 <= kd_ratio <= 1:
+        from potstill.errors import ConfigError
+
+        raise ConfigError(f"objective.kd_ratio is the share of the divergence, in [0, 1]; found {kd_ratio}")
+    own, of_support, of_weight = check_choice(divergence, support, token_weight, parameters, temperature)
+    return Plan(
+        divergence=divergence,
+        parameters=tuple(own.items()),
+        kd_ratio=float(kd_ratio),
+        temperature=float(temperature),
+        squared=scales_by_temperature_squared(scale_by_temperature_squared, divergence, kd_ratio, temperature),
+        support=support,
+        support_size=int(next(iter(of_support.values()), 0)),
+        token_weight=token_weight,
+        weight_parameters=tuple(of_weight.items()),
+    )
+
+
+def likelihood_plan() -> Plan:
+    """Cross-entropy alone: no teacher is asked."""
+    return Plan("cross_entropy", (), 0.0, 1.0, False, "full", 0, "none", (), has_teacher=False)
