@@ -62,12 +62,13 @@ def _known(kind: str, name: str, names: dict[str, dict[str, Value]]) -> None:
 
 def _check_values(values: dict[str, Value], divergence: str) -> None:
     """Ranges: what a share, a probability or a count may be."""
-    for key, hint in (("beta", "forward_kl (in place of 0) or reverse_kl (in place of 1)"),):
-        if divergence == "jsd" and not 0 < values[key] < 1:
-            raise ConfigError(f"objective.beta of jsd is the teacher's share in the mixture, inside (0, 1); found {values[key]}; say {hint}")
-    for key in ("alpha",) if divergence.startswith("skew") else ():
-        if not 0 <= values[key] < 1:
-            raise ConfigError(f"objective.alpha of {divergence} is a share in [0, 1); found {values[key]}")
+    if divergence == "jsd" and not 0 < values["beta"] < 1:
+        raise ConfigError(
+            f"objective.beta of jsd is the teacher's share in the mixture, inside (0, 1); found {values['beta']}; "
+            "say divergence: forward_kl in place of 0, reverse_kl in place of 1"
+        )
+    if divergence.startswith("skew") and not 0 <= values["alpha"] < 1:
+        raise ConfigError(f"objective.alpha of {divergence} is a share in [0, 1); found {values['alpha']}")
     for key in ("forward_weight", "mu", "min_confidence"):
         if key in values and not 0 <= values[key] <= 1:
             raise ConfigError(f"objective.{key} lies in [0, 1]; found {values[key]}")
@@ -105,9 +106,11 @@ def check_choice(
     if divergence in NEEDS_TARGETS and support != "full":
         raise ConfigError(f"objective: {divergence} needs every token as an outcome; found support {support!r}; say support: full")
     if support == "samples" and divergence != "forward_kl":
-        raise ConfigError(f"objective: samples of the teacher are unbiased for forward_kl alone; found {divergence}; say support: top_k_tail")
+        raise ConfigError(f"objective: samples are unbiased for forward_kl alone; found {divergence}; say support: top_k_tail")
     if token_weight == "entropy_gap" and divergence not in GAP_DIVERGENCES:
         raise ConfigError(f"objective: entropy_gap weighs {', '.join(sorted(GAP_DIVERGENCES))}; found {divergence}; say token_weight: none")
+    if token_weight == "position" and support != "full":
+        raise ConfigError(f"objective: position needs the teacher's probability of each written token; found support {support!r}; say full")
     if support == "samples" and token_weight in ("teacher_entropy", "entropy_gap", "teacher_confidence"):
         raise ConfigError(f"objective: {token_weight} needs the teacher's probabilities; found samples; say support: top_k_tail")
     return filled[0], filled[1], filled[2]

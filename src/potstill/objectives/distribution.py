@@ -54,7 +54,9 @@ class DistributionMatching(nn.Module):
     def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
         """`student_rows [N, D]` and `signal` answer the rows of `batch.target_rows()`, in their order."""
         if signal is None or signal.outcomes is None:
-            raise IncompatibleError(f"{self.plan.divergence} needs the teacher's {self.needs.outcomes} outcomes; found none; score the batch first")
+            raise IncompatibleError(
+                f"{self.plan.divergence} needs the teacher's {self.needs.outcomes} outcomes; found none; score the batch first"
+            )
         outcomes = signal.outcomes
         targets = batch.target_rows()[1]
         weights = row_weights(self.reduction, batch)

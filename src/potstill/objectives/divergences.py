@@ -104,7 +104,8 @@ def _jsd_factor(beta: float, jsd_normalize: bool) -> float:
 def _check_beta(beta: float) -> None:
     if not 0 < beta < 1:
         raise ValueError(
-            f"beta of jsd is the teacher's share in the mixture, inside (0, 1); found {beta}; use forward_kl in place of 0, reverse_kl in place of 1"
+            f"beta of jsd is the teacher's share in the mixture, inside (0, 1); found {beta}; "
+            "use forward_kl in place of 0, reverse_kl in place of 1"
         )
 
 

@@ -42,7 +42,9 @@ class Sizes:
     block: int
 
 
-def choose_sizes(execution: Execution, num_rows: int, vocabulary: int, width: int, itemsize: int, *, head_gradient: bool, device: torch.device) -> Sizes:
+def choose_sizes(
+    execution: Execution, num_rows: int, vocabulary: int, width: int, itemsize: int, *, head_gradient: bool, device: torch.device
+) -> Sizes:
     """Sizes for one call, deterministic in its arguments."""
     row_bytes = vocabulary * itemsize
     cuda = device.type == "cuda"

@@ -18,7 +18,7 @@ from potstill.objectives.passes import Job, run
 from potstill.objectives.plan import Plan, likelihood_plan, make_plan
 from potstill.objectives.supports import check_support
 from potstill.objectives.tile import Finish
-from potstill.signals import FullOutcomes, TeacherOutcomes, TopKOutcomes
+from potstill.signals import FullOutcomes, TeacherOutcomes
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ def run_plan(
     vocabulary = _vocabulary(student_head, teacher, vocabulary_size)
     if teacher is not None:
         check_support(plan.support, teacher, plan.temperature)
+        _check_ids(teacher, vocabulary)
         if len(teacher) != len(targets):
-            raise IncompatibleError(f"the teacher answered {len(teacher)} rows; the student has {len(targets)} targets; score the same batch")
+            raise IncompatibleError(f"the teacher answered {len(teacher)} rows for {len(targets)} targets; score the same batch")
     if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IncompatibleError(
             f"targets lie in {int(targets.min())}..{int(targets.max())}; the vocabulary has {vocabulary} tokens; "
@@ -154,6 +155,16 @@ def run_plan(
     return FusedLoss(total, *sums, by_row=found)
 
 
+def _check_ids(teacher: TeacherOutcomes, vocabulary: int) -> None:
+    if isinstance(teacher, FullOutcomes) or teacher.ids.device.type != "cpu" or not teacher.ids.numel():
+        return
+    if not 0 <= int(teacher.ids.min()) <= int(teacher.ids.max()) < vocabulary:
+        raise IncompatibleError(
+            f"the teacher's record names tokens {int(teacher.ids.min())}..{int(teacher.ids.max())}; the vocabulary has {vocabulary}; "
+            "record it with this tokenizer"
+        )
+
+
 def _teacher_finish(teacher: TeacherOutcomes | None) -> Finish:
     return Finish(teacher.head.scale, teacher.head.softcap) if isinstance(teacher, FullOutcomes) else Finish()
 
@@ -172,10 +183,6 @@ def _vocabulary(student_head: Head, teacher: TeacherOutcomes | None, vocabulary_
         return widths[0]
     if not 0 < vocabulary_size <= min(widths):
         raise IncompatibleError(f"vocabulary_size {vocabulary_size} does not fit heads of {widths} rows; it is the number of real tokens")
-    if isinstance(teacher, TopKOutcomes) and teacher.ids.device.type == "cpu" and teacher.ids.numel() and int(teacher.ids.max()) >= vocabulary_size:
-        raise IncompatibleError(
-            f"the teacher's record names token {int(teacher.ids.max())}; the vocabulary has {vocabulary_size}; record it with this tokenizer"
-        )
     return vocabulary_size
 
 
@@ -214,8 +221,8 @@ def fused_distillation_loss(
     with torch.no_grad():
         teacher_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]).index_select(0, valid)
     loss = fused_loss(
-        student_rows, Head(student_head_weight), FullOutcomes(teacher_rows, Head(teacher_head_weight.detach())), flat.index_select(0, valid),
-        divergence=divergence, parameters=divergence_parameters, kd_ratio=kd_ratio, temperature=temperature,
+        student_rows, Head(student_head_weight), FullOutcomes(teacher_rows, Head(teacher_head_weight.detach())),
+        flat.index_select(0, valid), divergence=divergence, parameters=divergence_parameters, kd_ratio=kd_ratio, temperature=temperature,
         scale_by_temperature_squared=scale_by_temperature_squared, vocabulary_size=vocabulary_size, support=support,
         token_weight=token_weight, execution=execution,
     )

@@ -40,7 +40,8 @@ def check_support(support: str, outcomes: TeacherOutcomes, temperature: float) -
     """Raises IncompatibleError where a teacher's answer cannot be put on a support."""
     if not isinstance(outcomes, _ACCEPTS[support]):
         takes = " or ".join(kind.__name__ for kind in _ACCEPTS[support])
-        raise IncompatibleError(f"support {support!r} takes {takes}; the teacher answered {type(outcomes).__name__}; change objective.support")
+        found = type(outcomes).__name__
+        raise IncompatibleError(f"support {support!r} takes {takes}; the teacher answered {found}; change objective.support")
     if support == "samples" and isinstance(outcomes, SampledOutcomes) and temperature != 1:
         raise IncompatibleError(f"recorded samples were drawn at temperature 1; found temperature {temperature}; set it to 1.0")
     if support == "top_k_tail" and isinstance(outcomes, TopKOutcomes) and temperature != 1:
