@@ -1,0 +1,60 @@
+"""What happens at the Trainer's events: the guard against steps that are not finite, the metrics of the run folder, early stopping.
+
+Each is a few lines around a method of `DistillationTrainer` or of the run folder.
+"""
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from potstill.run_folder import RunFolder
+from potstill.training.config import EarlyStopping
+from potstill.training.saving import Progress
+
+
+class StepGuard(TrainerCallback):
+    """Looks at loss and gradient before each optimizer step and books it afterwards. `trainer` is set once it exists."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
+        self.trainer.refuse_non_finite()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
+        self.trainer.step_done()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
+        self.trainer.stop_if_asked()
+        if self.trainer.progress.evaluation_pending:
+            # The run was broken off in this evaluation; what it decides must not depend on that.
+            self.trainer.evaluate()
+
+
+class MetricsToFolder(TrainerCallback):
+    """Appends every line of the log to the run folder; metrics.jsonl is what reports are made from."""
+
+    def __init__(self, folder: RunFolder):
+        self._folder = folder
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **_):
+        if state.is_world_process_zero and logs:
+            self._folder.append_metrics({"step": state.global_step, **logs})
+
+
+class BestEvaluation(TrainerCallback):
+    """Keeps the best evaluation's checkpoint, and stops the run after too many that were no better."""
+
+    def __init__(self, progress: Progress, early_stopping: EarlyStopping | None):
+        self._progress, self._early_stopping = progress, early_stopping
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **_):
+        loss, progress = metrics["eval_loss"], self._progress
+        margin = self._early_stopping.min_delta if self._early_stopping else 0.0
+        if progress.best_loss is None or loss < progress.best_loss - margin:
+            progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, state.global_step, 0
+            control.should_save = control.should_save or self._early_stopping is not None
+        else:
+            progress.evaluations_without_gain += 1
+        if self._early_stopping and progress.evaluations_without_gain > self._early_stopping.patience - 1:
+            progress.stopped_early = True
+            control.should_training_stop = control.should_save = True
+        return control

@@ -1,0 +1,50 @@
+"""From row numbers to batches: packs or does not pack, and collates what an order asks for. It knows no model and no rank."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy
+
+from potstill.batch import Batch, Example
+from potstill.data.collation import collate, empty_batch
+from potstill.data.packing import pack
+
+
+class Rows:
+    """The rows of a data set: packed sequences of up to `max_tokens`, or one example each where `max_tokens` is None.
+
+    `fingerprint` changes when a row, a token or a target does: a resumed run must see what it would have seen.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, pad_token: int, seed: int, max_tokens: int | None):
+        self._examples, self._pad_token = examples, pad_token
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = []
+        for example in examples:
+            lengths.append(len(example.tokens))
+            digest.update(numpy.asarray([example.index, lengths[-1], *example.tokens], dtype=numpy.int64).tobytes())
+            digest.update(numpy.asarray(example.is_target, dtype=numpy.bool_).tobytes())
+        self._bins = pack(lengths, max_tokens, seed) if max_tokens is not None else [[index] for index in range(len(lengths))]
+        digest.update(repr(self._bins).encode())
+        self.fingerprint = digest.hexdigest()
+        self.lengths = [sum(lengths[index] for index in members) for members in self._bins]
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._examples)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The batch of these rows; of none, a batch of padding without a target."""
+        if not rows:
+            return empty_batch(pad_token=self._pad_token)
+        return collate([[self._examples[index] for index in self._bins[row]] for row in rows], pad_token=self._pad_token)
+
+    def example_numbers(self, rows: Sequence[int]) -> list[int]:
+        """`Example.index` of everything in these rows, in order: what the log of seen samples holds."""
+        return [self._examples[index].index for row in rows for index in self._bins[row]]
+
+    def num_tokens(self, rows: Sequence[int]) -> int:
+        return sum(self.lengths[row] for row in rows)

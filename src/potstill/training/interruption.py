@@ -1,0 +1,36 @@
+"""SIGTERM and SIGINT: the first asks the run to commit and leave, the second leaves at once.
+
+A signal only sets a number here; the trainer looks at it between micro-batches, in evaluation and before the first step.
+"""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+
+class SignalWatch:
+    """A context in which `received` is the number of the first signal, or 0. Outside the main thread it watches nothing."""
+
+    def __init__(self):
+        self.received = 0
+        self._former: dict[int, object] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: committing a checkpoint, then leaving; again to leave at once\n")
+
+    def __enter__(self) -> "SignalWatch":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in WATCHED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
