@@ -25,7 +25,7 @@ KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers",
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")
 
-# What a resume may change, and why; every other key is refused unless it is named by --override-resume.
+# What a resume may change, and why; a name covers the keys below it. Every other key is refused unless it is named by --override-resume.
 ALLOWED_CHANGES = {
     "run.folder": "a run folder may be moved",
     "run.trackers": "trackers only watch",
@@ -39,6 +39,7 @@ ALLOWED_CHANGES = {
     "training.non_finite": "what to do when a step is refused",
     "training.fsdp": "the same mathematics, laid out differently",
     "training.compile": "the same mathematics, executed differently",
+    "training.deterministic": "the same mathematics, executed differently",
     "teacher.sharded": "the same mathematics, laid out differently",
     "student.activation_checkpointing": "the same mathematics, executed differently",
 }
@@ -84,7 +85,8 @@ def recipe_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any], overr
             return "--override-resume"
         if key in _GLOBAL_BATCH and same_global_batch():
             return "the same rows in every optimizer step"
-        return ALLOWED_CHANGES.get(key)
+        parts = key.split(".")
+        return next((reason for length in range(len(parts), 0, -1) if (reason := ALLOWED_CHANGES.get(".".join(parts[:length])))), None)
 
     differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     return [Change(key, before.get(key), after.get(key), verdict(key)) for key in differing]

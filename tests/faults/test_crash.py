@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faultfs import CRASHES, Workload, explore, fill_up
 
+from faultfs import CRASHES, Workload, explore, fill_up
 from potstill import storage
 from potstill.run_folder import RunFolder
 from potstill.training.checkpoint import CheckpointState, latest_checkpoint, load_checkpoint, save_checkpoint
