@@ -9,6 +9,7 @@ import peft
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
 from potstill.models.config import LoraConfig
@@ -22,27 +23,44 @@ def _silent_about_renames() -> Iterator[None]:
         yield
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a LoRA can sit on it."""
+    return isinstance(layer, nn.Linear | Conv1D)
+
+
+def linear_width(layer: nn.Module) -> tuple[int, int]:
+    """What goes in and what comes out of a linear layer, per token."""
+    assert isinstance(layer, nn.Linear | Conv1D)
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)
+
+
 def linear_layers(model: nn.Module) -> list[str]:
-    """The last names of the layers that a LoRA can sit on, in the order of the model."""
-    names = [name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or _is_conv1d(layer)]
-    return list(dict.fromkeys(names))
+    """The last names of the linear layers, in the order of the model."""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if is_linear(layer)))
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
-    return isinstance(layer, Conv1D)
+
+def targeted(model: PreTrainedModel, targets: list[str] | str) -> list[nn.Module]:
+    """The linear layers that `targets` names, as peft reads it: by the end of their path, or all but the head.
+
+    Raises ModelError naming a target that is not in the model.
+    """
+    linear = {path: layer for path, layer in model.named_modules() if is_linear(layer)}
+    if isinstance(targets, str):
+        return [layer for layer in linear.values() if layer is not model.get_output_embeddings()]
+    for name in targets:
+        if not any(_named(path, name) for path in linear):
+            known = ", ".join(linear_layers(model))
+            raise ModelError(f"{model.config.name_or_path}: lora.targets names {name}, which is not in the model; its layers are {known}")
+    return [layer for path, layer in linear.items() if any(_named(path, name) for name in targets)]
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     """A `PeftModel` with a new adapter; the base is frozen. Raises ModelError naming a target that the model does not have."""
-    known = linear_layers(model)
-    wanted = lora.targets if isinstance(lora.targets, list) else []
-    unknown = [name for name in wanted if not any(path == name or path.endswith(f".{name}") for path, _ in model.named_modules())]
-    if unknown:
-        raise ModelError(
-            f"{model.config.name_or_path}: lora.targets names {unknown[0]}, which the model does not have; its layers are {', '.join(known)}"
-        )
+    targeted(model, lora.targets)
     configuration = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]
         target_modules=lora.targets, modules_to_save=lora.modules_to_save or None,

@@ -29,14 +29,14 @@ class CausalLM(nn.Module):
         self.model = model
         self.vocabulary_size = vocabulary_size
         inner = self.inner
-        if inner.base_model is inner:
+        if self.trunk is inner or self.trunk is None:
             raise ModelError(
                 f"{inner.config.name_or_path}: {type(inner).__name__} does not keep its trunk apart from its head; it cannot be used"
             )
         if inner.get_output_embeddings() is None:
             raise ModelError(f"{inner.config.name_or_path}: {type(inner).__name__} has no language-model head")
         self._arithmetic: HeadArithmetic = read_arithmetic(inner.config)
-        self._takes_positions = "position_ids" in inspect.signature(inner.base_model.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -46,9 +46,14 @@ class CausalLM(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     @property
+    def trunk(self) -> nn.Module:
+        """Everything from the tokens to the head's input."""
+        return self.inner.get_decoder()
+
+    @property
     def name(self) -> str:
         """The path or hub name that it was loaded from."""
-        return self.inner.config.name_or_path
+        return self.inner.config.name_or_path or type(self.inner).__name__
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +65,7 @@ class CausalLM(nn.Module):
         if self._takes_positions:
             # No attention mask: padding stands to the right, and positions that restart tell the documents of a row apart.
             arguments["position_ids"] = batch.positions
-        return self.inner.base_model(**arguments).last_hidden_state
+        return self.trunk(**arguments).last_hidden_state
 
     def rows(self, batch: Batch) -> Float[Tensor, "N D"]:
         """The hidden rows that predict a target, in the order of `batch.target_rows()`."""
@@ -68,7 +73,9 @@ class CausalLM(nn.Module):
 
     def head(self) -> Head:
         """Everything from a hidden row to its logits, as it is at this moment, under autograd."""
-        return read_head(self.inner.get_output_embeddings(), self._arithmetic, self.name)
+        layer = self.inner.get_output_embeddings()
+        assert layer is not None
+        return read_head(layer, self._arithmetic, self.name)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Head]:
         """`rows` and `head` in one call, for what wraps a module's forward."""

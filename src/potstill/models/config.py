@@ -68,6 +68,8 @@ class LoadingConfig(Config):
     """Run Python code that ships with the model. Only with a commit as `revision`."""
     chat_template: str | None = None
     """A file with a Jinja template, or the template itself; replaces the tokenizer's own."""
+    eos_token: str | None = None
+    """The token that ends an answer, where the tokenizer's own is another: a base model that learns from an instruction model."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the model from its configuration and the run's seed, without reading weights."""
 

@@ -62,7 +62,7 @@ def _low_rank(layer, name: str) -> tuple[LowRank, ...]:
         if adapter not in layer.lora_A:
             continue
         if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
-            raise ModelError(f"{name}: the adapter on its head is a variant of LoRA (DoRA, a bias, ...); on the head only plain LoRA can be read")
+            raise ModelError(f"{name}: the adapter on its head is DoRA or another variant; on the head only plain LoRA can be read")
         dropout = layer.lora_dropout[adapter]
         deltas.append(
             LowRank(
@@ -81,8 +81,8 @@ def read_head(layer: nn.Module, arithmetic: HeadArithmetic, name: str) -> Head:
 
     low_rank: tuple[LowRank, ...] = ()
     if isinstance(layer, ModulesToSaveWrapper):
-        whole = not layer.disable_adapters and layer.active_adapter in layer.modules_to_save
-        layer = layer.modules_to_save[layer.active_adapter] if whole else layer.original_module
+        active = [name for name in layer.active_adapters if name in layer.modules_to_save and not layer.disable_adapters]
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
     if isinstance(layer, LoraLayer):
         low_rank, layer = _low_rank(layer, name), layer.get_base_layer()
     elif isinstance(layer, BaseTunerLayer):

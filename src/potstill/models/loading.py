@@ -5,14 +5,14 @@ Safetensors only, and no code that ships with a model unless it is pinned. Every
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig, ModelConfig
-from potstill.models.environment import is_installed, require_quantiser, require_transformers
+from potstill.models.requirements import is_installed, require_quantiser, require_transformers
 
 require_transformers()
 
@@ -40,12 +40,18 @@ def _location(path: str) -> str:
     """A local folder as an absolute path, a hub name as it is. Raises ModelError where a folder is plainly meant and is not there."""
     local = Path(path).expanduser()
     if local.is_dir():
-        return str(local)
+        return str(local.absolute())
     if local.exists():
         raise ModelError(f"{path} is a file; a model is a folder with config.json and safetensors, or a name on the hub")
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelError(f"{path}: there is no such folder; a model is a folder with config.json and safetensors, or a name on the hub")
     return path
+
+
+def local_folder(config: LoadingConfig) -> Path | None:
+    """The model's folder, or None where it is a name on the hub."""
+    folder = Path(_location(config.path))
+    return folder if folder.is_dir() else None
 
 
 def _refuse_unsafe_folder(path: str, config: LoadingConfig) -> None:
@@ -107,7 +113,7 @@ def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
 
 
 def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, with `config.chat_template` in place of its own where that is set."""
+    """The tokenizer beside the model, with `config.chat_template` and `config.eos_token` in place of its own."""
     path = _location(config.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(config))
@@ -115,6 +121,10 @@ def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
         raise _explain(config, "its tokenizer", error) from error
     if config.chat_template is not None:
         tokenizer.chat_template = _chat_template(config.chat_template)
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ModelError(f"{config.path}: eos_token {config.eos_token!r} is not a token of its tokenizer")
+        tokenizer.eos_token = config.eos_token
     return tokenizer
 
 
@@ -181,7 +191,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.weights == "random":
-            model = _random(config, saved, arguments).to(device)
+            model = _moved(_random(config, saved, arguments), device)
         else:
             if quantization is not None:
                 arguments["quantization_config"] = quantization
@@ -208,9 +218,10 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
         # A quantised model is packed for its device while it is loaded and does not move afterwards.
         arguments["device_map"] = {"": device}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             _location(config.path), use_safetensors=True, output_loading_info=True, **arguments
         )
+        model, report = loaded
     except _LOADING_ERRORS as error:
         raise _explain(config, "the model", error) from error
     missing = sorted(report["missing_keys"])
@@ -220,7 +231,12 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
             f"{config.path}: its files lack {len(missing)} of the model's weights, the first is {missing[0]}; "
             f"is it really a checkpoint of {type(model).__name__}?"
         )
-    return model if sharded or quantised else model.to(device)
+    return model if sharded or quantised else _moved(model, device)
+
+
+def _moved(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    nn.Module.to(model, torch.device(device))
+    return model
 
 
 def _made_trainable(config: LoadingConfig, model: PreTrainedModel, trainable: bool) -> nn.Module:
@@ -231,9 +247,8 @@ def _made_trainable(config: LoadingConfig, model: PreTrainedModel, trainable: bo
     if not trainable:
         return result
     if lora is not None:
-        if isinstance(result, PeftModel):
-            result = result.merge_and_unload()  # the new adapter learns on top of what the old one taught
-        result = add_lora(result, lora)
+        # A new adapter learns on top of what a saved one taught.
+        result = add_lora(result.merge_and_unload() if isinstance(result, PeftModel) else result, lora)
     elif config.adapter is None:
         result.requires_grad_(True)
     for parameter in result.parameters():

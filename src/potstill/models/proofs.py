@@ -70,7 +70,7 @@ def prove_head(causal_lm: CausalLM) -> None:
         hidden, head = causal_lm.hidden(batch), causal_lm.head()
         linear = head.weight[: causal_lm.vocabulary_size].float() @ hidden[0].float().T
         factor = float(_LOUD / linear.abs().max().clamp_min(1e-6))
-        handle = causal_lm.inner.base_model.register_forward_hook(loudly)
+        handle = causal_lm.trunk.register_forward_hook(loudly)
         try:
             theirs = causal_lm.inner(input_ids=tokens, use_cache=False).logits
         finally:
