@@ -1,0 +1,1 @@
+"""Data: sources, formats, rendering through a chat template, packing, collation. Knows tokenizers; knows no model."""

@@ -1,0 +1,50 @@
+"""Rows of examples become one Batch, padded to the right. Knows tensors; knows no tokenizer beyond the id that pads."""
+
+from collections.abc import Sequence
+
+import torch
+
+from potstill.batch import Batch, Example
+
+
+def collate(rows: Sequence[Sequence[Example]], *, pad_token: int, multiple_of: int | None = 8) -> Batch:
+    """One sequence a row, its examples one after the other; as wide as the longest, rounded up to a multiple.
+
+    Positions restart at every example, and padding belongs to no document, so the id that pads may be the EOS: nothing is
+    masked by id.
+    """
+    width = max((sum(len(example.tokens) for example in row) for row in rows), default=0)
+    if multiple_of:
+        width = -(-width // multiple_of) * multiple_of
+    shape = (len(rows), width)
+    tokens = torch.full(shape, pad_token, dtype=torch.long)
+    # Positions go on into the padding: a restart there would look like one more document to a model.
+    positions = torch.arange(width).repeat(len(rows), 1)
+    documents = torch.full(shape, -1, dtype=torch.long)
+    is_target = torch.zeros(shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        start = 0
+        for document, example in enumerate(row):
+            end = start + len(example.tokens)
+            tokens[number, start:end] = torch.tensor(example.tokens, dtype=torch.long)
+            positions[number, start:] = torch.arange(width - start)
+            documents[number, start:end] = document
+            is_target[number, start:end] = torch.tensor(example.is_target, dtype=torch.bool)
+            start = end
+    return Batch(tokens, positions, documents, is_target, tuple(example.index for row in rows for example in row))
+
+
+def empty_batch(*, pad_token: int, sequences: int = 1, width: int = 8) -> Batch:
+    """Padding alone, without a target: what a rank computes on when the others still have rows."""
+    shape = (sequences, width)
+    return Batch(
+        torch.full(shape, pad_token, dtype=torch.long), torch.arange(width).repeat(sequences, 1), torch.full(shape, -1, dtype=torch.long),
+        torch.zeros(shape, dtype=torch.bool),
+    )
+
+
+def padding_id(pad_token_id: int | None, eos_token_id: int | None) -> int:
+    """The id that fills a row; the EOS or 0 serve as well as any, since padding belongs to no document."""
+    if pad_token_id is not None:
+        return pad_token_id
+    return eos_token_id if eos_token_id is not None else 0

@@ -1,0 +1,117 @@
+"""What a recipe says about data. Free of torch and transformers, so that a recipe is read and refused at once."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from potstill.config import Config
+
+Format = Literal["instruct", "chat", "prompt_completion", "text"]
+TooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
+
+# The columns that a format reads. Every row has the required ones; the optional ones are used where they are there.
+REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {
+    "instruct": ("instruction", "input", "output"),
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL_COLUMNS: dict[str, tuple[str, ...]] = {
+    "instruct": ("system", "finish_reason"),
+    "chat": ("tools", "system", "finish_reason"),
+    "prompt_completion": ("finish_reason",),
+    "text": (),
+}
+# Columns that a recipe may declare absent with `columns: {input: null}`.
+ABSENT_COLUMNS = ("input",)
+
+
+def check_columns_mapping(format: str, columns: dict[str, str | None]) -> None:
+    """Refuses a mapping that names a column which the format does not read."""
+    known = REQUIRED_COLUMNS[format] + OPTIONAL_COLUMNS[format]
+    for ours, theirs in columns.items():
+        if ours not in known:
+            raise ValueError(f"columns: the format {format} reads {', '.join(known)}; it has no {ours!r} (ours stands left, yours right)")
+        if theirs is None and ours not in ABSENT_COLUMNS:
+            raise ValueError(f"columns: {ours!r} cannot be null; only {', '.join(ABSENT_COLUMNS)} may be absent")
+
+
+class SkipBadLines(Config):
+    """Leave out up to `skip` bad lines, each counted and written to the reject file."""
+
+    skip: Annotated[int, Field(ge=1)]
+
+
+class MixtureItem(Config):
+    """One source of a mixture."""
+
+    path: str
+    """A hub name or a local file."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Its share of the rows drawn, relative to the others' weights; without weights every row of every source is used."""
+    format: Format | None = None
+    """Where it differs from `data.format`."""
+    columns: dict[str, str | None] | None = None
+    """Where it differs from `data.columns`."""
+    subset: str | None = None
+    """The hub data set's configuration name."""
+    split: str = "train"
+    """The hub data set's split."""
+
+
+class DataConfig(Config):
+    """Which text, in which format, how long, and what becomes of rows that do not fit."""
+
+    train: str | Annotated[list[MixtureItem], Field(min_length=1)]
+    """A hub name, a local .jsonl, .jsonl.gz, .json, .parquet, .csv, .txt or .txt.gz, or a mixture of these."""
+    validation: float | str | None = None
+    """A fraction of the training rows to hold out, or another hub name or file; nothing where null."""
+    format: Format = "instruct"
+    columns: dict[str, str | None] = {}
+    """Our column's name -> the name in your files. `{input: null}` says that there is no such column."""
+    max_tokens: Annotated[int, Field(ge=2)] = 2048
+    """The longest sequence; with packing, the length of a packed row."""
+    too_long: TooLong = "error"
+    """What becomes of a row with more than `max_tokens`. A cut answer gets no end-of-text token."""
+    packing: bool = True
+    """Several documents in one row; positions restart at each, and models attend within a document alone."""
+    chat_template: str | None = None
+    """A named default (chatml, alpaca, plain) or a .jinja file, for a tokenizer without a template or in place of its own."""
+    template_variables: dict[str, str | bool | int] = {}
+    """Passed to the chat template, for instance `{date_string: "26 Jul 2024"}` or `{enable_thinking: false}`."""
+    instruct_prompt: Literal["plain", "alpaca"] = "plain"
+    """How instruction and input become a user turn: joined by an empty line, or in the wording of Stanford Alpaca."""
+    on_bad_line: Literal["stop"] | SkipBadLines = "stop"
+    """Stop at the first malformed line, or leave out at most so many, each counted."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only so many training rows, drawn by the seed."""
+    text_rows: Literal["line", "document"] = "line"
+    """What one row of a .txt is: a line that is not blank, or the whole file."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(f"validation: {self.validation} is no fraction between 0 and 1; give one, a file, or null")
+        items = [] if isinstance(self.train, str) else self.train
+        if not items or any(item.format is None and item.columns is None for item in items):
+            check_columns_mapping(self.format, self.columns)
+        for item in items:
+            check_columns_mapping(item.format or self.format, self.columns if item.columns is None else item.columns)
+        weighted = [item.weight is not None for item in items]
+        if any(weighted) and not all(weighted):
+            raise ValueError("train: give every source of the mixture a weight, or none")
+        if self.instruct_prompt == "alpaca" and self.chat_template == "alpaca":
+            raise ValueError("instruct_prompt: alpaca and chat_template: alpaca would write the Alpaca wording twice; choose one")
+        return self
+
+    @property
+    def sources(self) -> list[MixtureItem]:
+        """The training sources, one or several."""
+        return [MixtureItem(path=self.train)] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def bad_lines_allowed(self) -> int:
+        return 0 if self.on_bad_line == "stop" else self.on_bad_line.skip
+
+
+FORMATS: tuple[str, ...] = get_args(Format)

@@ -1,0 +1,142 @@
+"""Prepared examples in flat arrays, and what became of the rows. Knows tokens and counts; knows no tokenizer and no file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import xxhash
+
+from potstill.batch import Example
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What became of the rows of one set of sources. Every row read is in exactly one of used, empty, unfinished, dropped and rejected."""
+
+    rows: int = 0
+    used: int = 0
+    empty: int = 0
+    """No answer to learn: nothing or white space, or nothing left of it after a cut."""
+    unfinished: int = 0
+    """`finish_reason` says that the answer's writer was cut off."""
+    too_long: int = 0
+    """More than max_tokens; dropped or truncated as the policy says."""
+    dropped: int = 0
+    truncated: int = 0
+    rejected: int = 0
+    """Bad lines that on_bad_line let pass."""
+    tokens: int = 0
+    target_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest row before any cut."""
+
+    def as_dict(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class ExampleSet(Sequence[Example]):
+    """N examples: tokens in one int32 array, marks in one bool array, and offsets. `self[i].index == i`."""
+
+    def __init__(self, tokens: np.ndarray, is_target: np.ndarray, offsets: np.ndarray, *, places: np.ndarray,
+                 sources: tuple[str, ...], bytes_of: np.ndarray):
+        """`offsets` [N+1]; `places` [N, 2]: number of the source and of the row in it; `bytes_of` [V]: bytes of text of each token."""
+        self._tokens, self._is_target, self._offsets = tokens, is_target, offsets
+        self._places, self._sources, self._bytes_of = places, sources, bytes_of
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def _part(self, index: int) -> slice:
+        return slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        index = int(index) % len(self)
+        part = self._part(index)
+        return Example(self._tokens[part].tolist(), self._is_target[part].tolist(), index, self.origin(index))
+
+    def origin(self, index: int) -> str:
+        source, number = self._places[index]
+        return f"{self._sources[source]}:{number}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [N]."""
+        return np.diff(self._offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._offsets[-1])
+
+    def _predicted(self) -> np.ndarray:
+        """The marks without those in first place: they have no predictor."""
+        predicted = self._is_target.copy()
+        predicted[self._offsets[:-1][self.lengths > 0]] = False
+        return predicted
+
+    def _sum_by_example(self, values: np.ndarray) -> np.ndarray:
+        running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+        return running[self._offsets[1:]] - running[self._offsets[:-1]]
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        """Predicted tokens of each example, int64 [N]."""
+        return self._sum_by_example(self._predicted())
+
+    @property
+    def num_targets(self) -> int:
+        return int(self._predicted().sum())
+
+    @property
+    def target_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that the predicted tokens of each example stand for, int64 [N]; special tokens are no text."""
+        return self._sum_by_example(np.where(self._predicted(), self._bytes_of[self._tokens], 0))
+
+    def digest(self, index: int) -> bytes:
+        """Equal for examples of equal tokens and marks."""
+        part = self._part(index)
+        return xxhash.xxh3_128_digest(self._tokens[part].tobytes() + self._is_target[part].tobytes())
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ExampleSet":
+        """A set of these examples in this order, numbered anew."""
+        parts = [self._part(int(index)) for index in indices]
+        offsets = np.concatenate([[0], np.cumsum([part.stop - part.start for part in parts])]).astype(np.int64)
+        empty = self._tokens[:0], self._is_target[:0]
+        return ExampleSet(
+            np.concatenate([empty[0], *(self._tokens[part] for part in parts)]),
+            np.concatenate([empty[1], *(self._is_target[part] for part in parts)]),
+            offsets, places=self._places[np.asarray(indices, dtype=np.int64)], sources=self._sources, bytes_of=self._bytes_of,
+        )
+
+
+class ExampleSetBuilder:
+    """Collects examples one by one and makes the flat arrays at the end."""
+
+    def __init__(self, bytes_of: np.ndarray):
+        self._bytes_of = bytes_of
+        self._tokens: list[np.ndarray] = []
+        self._marks: list[np.ndarray] = []
+        self._places: list[tuple[int, int]] = []
+        self._sources: dict[str, int] = {}
+
+    def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], source: str, number: int) -> None:
+        marks = np.zeros(len(tokens), dtype=bool)
+        for start, end in spans:
+            marks[start:end] = True
+        self._tokens.append(np.asarray(tokens, dtype=np.int32))
+        self._marks.append(marks)
+        self._places.append((self._sources.setdefault(source, len(self._sources)), number))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def build(self) -> ExampleSet:
+        return ExampleSet(
+            np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.int32),
+            np.concatenate(self._marks) if self._marks else np.zeros(0, bool),
+            np.concatenate([[0], np.cumsum([len(tokens) for tokens in self._tokens])]).astype(np.int64),
+            places=np.array(self._places, dtype=np.int64).reshape(-1, 2), sources=tuple(self._sources), bytes_of=self._bytes_of,
+        )

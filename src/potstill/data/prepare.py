@@ -1,0 +1,272 @@
+"""From a DataConfig and a tokenizer to the examples of a run: read, check, render, cut, split, count.
+
+The one place where the room's parts meet. It knows no model and no training.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from potstill import storage
+from potstill.data.config import DataConfig, MixtureItem
+from potstill.data.examples import DataCounts, ExampleSet, ExampleSetBuilder
+from potstill.data.formats import Item, Reading, check_columns, is_unfinished, read_item
+from potstill.data.lines import Rejects, Row, RowFault
+from potstill.data.rendering import Rendered, Renderer
+from potstill.data.sources import read_source, read_training_sources
+from potstill.data.templates import settle_template
+from potstill.data.token_bytes import token_bytes
+from potstill.errors import DataError
+
+_ROWS_AT_ONCE = 1024
+_WORTH_A_BAR = 5000
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The examples of a run. `validation_counts` is None where the validation rows were held out of the training rows."""
+
+    train: ExampleSet
+    validation: ExampleSet | None
+    counts: DataCounts
+    validation_counts: DataCounts | None = None
+    shared_rows: int = 0
+    """Validation examples whose tokens and marks also stand in the training set."""
+    problems: list[str] = field(default_factory=list)
+    """What would have been refused; empty unless asked with `strict=False`."""
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    end_of_text: Sequence[int] = (),
+    progress: bool | None = None,
+    rejects_file: Path | None = None,
+    strict: bool = True,
+) -> PreparedData:
+    """Reads and renders everything that `config` names, deterministically from `seed`.
+
+    The tokenizer gets the named chat template, if one is named. `end_of_text`: further ids at which the model stops.
+    `progress`: a bar on stderr; by default if it is a terminal. `rejects_file`: where bad lines are appended, one JSON a line.
+    With `strict=False` what is too long or without targets is returned in `problems`, for a look before a run. Raises DataError.
+    """
+    preparation = _Preparation(config, tokenizer, end_of_text, progress, strict)
+    sources = read_training_sources(config, preparation.rejects, seed)
+    sources = [(item, preparation.checked(item, rows)) for item, rows in sources]
+    held_out = None
+    if isinstance(config.validation, str):
+        item = MixtureItem(path=config.validation)
+        held_out = (item, preparation.checked(item, read_source(item, preparation.validation_rejects, config.text_rows), validation=True))
+    preparation.write_rejects(rejects_file)
+    train, counts = preparation.examples(sources, "data.train", preparation.rejects)
+    validation, validation_counts, shared = None, None, 0
+    if held_out is not None:
+        validation, validation_counts = preparation.examples([held_out], "data.validation", preparation.validation_rejects)
+        seen = {train.digest(i) for i in range(len(train))}
+        shared = sum(validation.digest(i) in seen for i in range(len(validation)))
+    elif isinstance(config.validation, float) and len(train):
+        train, validation = split(train, config.validation, seed)
+    preparation.write_rejects(rejects_file)
+    return PreparedData(train, validation, counts, validation_counts, shared, preparation.problems)
+
+
+def split(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
+    """(train, validation): a seeded fraction held out. Equal examples stay together, so that no validation row is trained on."""
+    groups: dict[bytes, list[int]] = {}
+    for index in range(len(examples)):
+        groups.setdefault(examples.digest(index), []).append(index)
+    if len(groups) < 2:
+        raise DataError(f"data.validation: {fraction} cannot be held out of {len(examples)} rows of which {len(groups)} differ; give a validation file or null")
+    wanted = max(1, round(fraction * len(examples)))
+    members = list(groups.values())
+    held: list[int] = []
+    order = np.random.Generator(np.random.PCG64([seed, 1])).permutation(len(members))
+    for number in order[:-1]:  # one group at least stays to be trained on
+        if len(held) >= wanted:
+            break
+        held += members[number]
+    kept = np.ones(len(examples), dtype=bool)
+    kept[held] = False
+    return examples.select(np.flatnonzero(kept)), examples.select(np.sort(held))
+
+
+class _Preparation:
+    """What reading and rendering of all sources share."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_of_text: Sequence[int], progress: bool | None, strict: bool):
+        self.config, self.tokenizer, self.strict = config, tokenizer, strict
+        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.rejects = Rejects(config.bad_lines_allowed)
+        self.validation_rejects = Rejects(config.bad_lines_allowed)
+        self.problems: list[str] = []
+        self._written = 0
+        if any((item.format or config.format) in ("instruct", "chat") for item in config.sources):
+            settle_template(tokenizer, config.chat_template)
+        self.renderer = Renderer(tokenizer, end_of_text=end_of_text, template_variables=config.template_variables)
+        self.bytes_of = token_bytes(tokenizer)
+
+    def reading(self, item: MixtureItem) -> Reading:
+        config = self.config
+        return Reading(item.format or config.format, config.columns if item.columns is None else item.columns, config.instruct_prompt)
+
+    def checked(self, item: MixtureItem, rows: list[Row], validation: bool = False) -> list[Row]:
+        return check_columns(rows, self.reading(item), item.path, self.validation_rejects if validation else self.rejects)
+
+    def write_rejects(self, path: Path | None) -> None:
+        items = [*self.rejects.items, *self.validation_rejects.items][self._written :]
+        if path is not None and items:
+            storage.append_lines(path, [item.as_json() for item in items])
+        self._written += len(items)
+
+    def refuse(self, message: str) -> None:
+        if self.strict:
+            raise DataError(message)
+        self.problems.append(message)
+
+    def examples(self, sources: list[tuple[MixtureItem, list[Row]]], key: str, rejects: Rejects) -> tuple[ExampleSet, DataCounts]:
+        """The examples of these sources and what became of their rows."""
+        builder = ExampleSetBuilder(self.bytes_of)
+        tally = _Tally()
+        for (row, rendered) in self._rendered(sources, tally, rejects):
+            self._add(row, rendered, builder, tally)
+        examples = builder.build()
+        counts = DataCounts(
+            rows=sum(len(rows) for _, rows in sources) + sum(1 for _ in rejects.items) - tally.rejected_late, used=len(examples), empty=tally.empty,
+            unfinished=tally.unfinished, too_long=len(tally.too_long), dropped=tally.dropped, truncated=tally.truncated, rejected=len(rejects.items),
+            tokens=examples.num_tokens, target_tokens=examples.num_targets, longest=tally.longest,
+        )
+        self._check(key, counts, tally)
+        return examples, replace(counts)
+
+    def _rendered(self, sources: list[tuple[MixtureItem, list[Row]]], tally: "_Tally", rejects: Rejects) -> Iterator[tuple[Row, Rendered]]:
+        total = sum(len(rows) for _, rows in sources)
+        with _Bar(total, self.progress) as bar:
+            for item, rows in sources:
+                reading = self.reading(item)
+                for start in range(0, len(rows), _ROWS_AT_ONCE):
+                    chunk = rows[start : start + _ROWS_AT_ONCE]
+                    items: list[Item | RowFault] = [_read(row, reading) for row in chunk]
+                    results = iter(self.renderer.render([item for item in items if not isinstance(item, RowFault)]))
+                    for row, content in zip(chunk, items, strict=True):
+                        result = content if isinstance(content, RowFault) else next(results)
+                        if isinstance(result, RowFault):
+                            tally.rejected_late += 1
+                            rejects.refuse(row.origin, str(result), repr(row.values)[:1000])
+                        elif is_unfinished(row, reading):
+                            tally.unfinished += 1
+                        elif not result.spans:
+                            tally.empty += 1
+                        else:
+                            yield row, result
+                    bar.advance(len(chunk))
+
+    def _add(self, row: Row, rendered: Rendered, builder: ExampleSetBuilder, tally: "_Tally") -> None:
+        tokens, spans, limit = rendered.tokens, rendered.spans, self.config.max_tokens
+        tally.longest = max(tally.longest, len(tokens))
+        if len(tokens) > limit:
+            tally.too_long.append((len(tokens), row.origin))
+            if self.config.too_long in ("error", "drop"):
+                tally.dropped += 1
+                return
+            tokens, spans = self._cut(tokens, spans, limit)
+            if not spans:
+                tally.empty += 1
+                return
+            tally.truncated += 1
+        builder.add(tokens, spans, row.source, row.number)
+
+    def _cut(self, tokens: list[int], spans: list[tuple[int, int]], limit: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Exactly `limit` tokens; nothing is added, so that a cut answer does not end. A BOS stays in front."""
+        if self.config.too_long == "truncate_right":
+            kept, shift, front = tokens[:limit], 0, 0
+        else:
+            front = 1 if tokens[0] == self.tokenizer.bos_token_id else 0
+            shift = len(tokens) - limit
+            kept = tokens[:front] + tokens[front + shift :]
+        moved = [(max(start - shift, front), min(end - shift, limit)) for start, end in spans]
+        # A target in first place has no predictor: what is left must hold one that has.
+        return kept, [(start, end) for start, end in moved if end > max(start, 1)]
+
+    def _check(self, key: str, counts: DataCounts, tally: "_Tally") -> None:
+        if tally.too_long and self.config.too_long == "error":
+            length, origin = max(tally.too_long)
+            self.refuse(f"{key}: {len(tally.too_long)} of {counts.rows} rows have more than data.max_tokens = {self.config.max_tokens} tokens, the longest "
+                        f"{length} ({origin}). Raise data.max_tokens, or set data.too_long: drop, truncate_left or truncate_right")
+        elif counts.used == 0:
+            what = {"empty": counts.empty, "unfinished": counts.unfinished, "too long": counts.dropped, "rejected": counts.rejected}
+            why = ", ".join(f"{number} {name}" for name, number in what.items() if number)
+            self.refuse(f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers: look at data.format = {self.config.format}, "
+                        "data.columns and data.max_tokens")
+
+
+@dataclass
+class _Tally:
+    empty: int = 0
+    unfinished: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    longest: int = 0
+    rejected_late: int = 0
+    too_long: list[tuple[int, str]] = field(default_factory=list)
+
+
+class _Bar:
+    """A bar on stderr over long work, or nothing."""
+
+    def __init__(self, total: int, shown: bool):
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._progress = Progress(console=console, disable=not shown or (total < _WORTH_A_BAR and console.is_terminal))
+        self._task = self._progress.add_task("Preparing rows", total=total)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def advance(self, rows: int) -> None:
+        self._progress.advance(self._task, rows)
+
+
+def _read(row: Row, reading: Reading) -> Item | RowFault:
+    try:
+        return read_item(row, reading)
+    except RowFault as fault:
+        return fault
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One rendered example for the eyes: pieces of text with their mark, in order. Control characters are escaped."""
+
+    origin: str
+    pieces: list[tuple[str, bool]]
+    num_tokens: int
+    num_targets: int
+
+
+def preview(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> Preview:
+    """The example at `index`, its runs of target and other tokens decoded apart."""
+    example = examples[index]
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for position in range(1, len(example.tokens) + 1):
+        if position == len(example.tokens) or example.is_target[position] != example.is_target[start]:
+            pieces.append((printable(str(tokenizer.decode(example.tokens[start:position]))), example.is_target[start]))
+            start = position
+    return Preview(example.origin, pieces, len(example.tokens), example.num_targets)
+
+
+def printable(text: str) -> str:
+    """The text with every character that could command a terminal escaped; line ends and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
