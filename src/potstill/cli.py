@@ -1,0 +1,175 @@
+"""The command line. It reads arguments, imports what a command needs when it runs, and says in one line what the user did wrong."""
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from potstill.environment import redact_text
+from potstill.errors import PotstillError
+
+app = typer.Typer(
+    name="potstill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Distils large language models: the knowledge of a large teacher goes into a student that is small enough to serve.",
+    epilog="A recipe is a YAML file or a name of the library (potstill recipes). Any of its keys can be set behind it: training.steps=20",
+)  # fmt: skip
+recipes_app = typer.Typer(help="Lists the recipes of the library; `show NAME` prints one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe of the library.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe set here, as in training.steps=20.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left in the run folder and start over.")]
+OverrideResume = Annotated[
+    list[str] | None, typer.Option("--override-resume", metavar="KEY", help="Resume although this key of the recipe changed; may be repeated.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, override_resume: OverrideResume = None, quiet: Quiet = False
+) -> None:
+    """Trains a student with a teacher's next-token distributions, as a recipe says. The same command resumes a run that was broken off."""
+    _train("distill", recipe, overrides, fresh, override_resume, quiet)
+
+
+@app.command()
+def finetune(
+    recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, override_resume: OverrideResume = None, quiet: Quiet = False
+) -> None:
+    """Trains a model on text alone, whole or with LoRA: a teacher before distillation, or a student's twin without a teacher."""
+    _train("finetune", recipe, overrides, fresh, override_resume, quiet)
+
+
+def _train(command: str, name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool) -> None:
+    from potstill.recipes.precheck import precheck
+    from potstill.recipes.read import read_recipe, refuse_command
+
+    recipe = read_recipe(name, overrides or ())
+    refuse_command(command, recipe, name)
+    precheck(recipe)
+    _quiet_libraries()
+    from potstill.recipes.assemble import run
+
+    run(recipe, command=command, fresh=fresh, override_resume=override_resume or [], quiet=quiet)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Shows what a recipe would do (pipeline, an example, tokenizers, memory, steps) and refuses what must fail. Loads no weights."""
+    from potstill.recipes.precheck import precheck
+    from potstill.recipes.read import read_recipe
+
+    read = read_recipe(recipe, overrides or ())
+    precheck(read)
+    _quiet_libraries()
+    from potstill.recipes.check import check as look
+
+    raise typer.Exit(look(read))
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """Lists the recipes of the library; `show NAME` prints one."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from potstill.recipes.read import library, summary_line
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does", overflow="fold")
+    for name, text in library().items():
+        table.add_row(name, summary_line(text))
+    Console().print(table, markup=False)
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The name of a recipe of the library.")]) -> None:
+    """Prints a recipe of the library, to read or to copy into a file of your own."""
+    from potstill.recipes.read import find_text
+
+    sys.stdout.write(find_text(name)[0])
+
+
+# ---------------------------------------------------------------- what every command shares
+
+
+# typer brings a click of its own in some versions; this is the base of its errors in all of them.
+_USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _safe(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _safe(text: str) -> str:
+    """Without secrets, and without characters that could command a terminal."""
+    from potstill.recipes.words import printable
+
+    return printable(redact_text(text))
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own progress bars and notes stand in the way of ours; their warnings and errors still come through."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        sys.stderr.write(f"potstill: {_safe(line)}\n")
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="potstill", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except PotstillError as error:
+        from potstill.errors import ConfigError
+
+        # Every rank finds the same mistake in a recipe; one of them says it.
+        if _first_rank() or not isinstance(error, ConfigError):
+            _say(str(error))
+        return error.exit_code
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        return 130
+    except _USAGE_ERROR as error:
+        _say(f"{error.format_message()} (potstill --help says what there is)")  # type: ignore[attr-defined]
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; without this Python complains once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        # Our own mistake: the whole traceback, but no values of variables and no secrets.
+        sys.stderr.write(_safe(traceback.format_exc()))
+        return 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of `potstill` and `python -m potstill`. Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n for signal n."""
+    log = logging.getLogger("potstill")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_OneLine())
+        log.addHandler(handler)
+        log.setLevel(logging.WARNING if _first_rank() else logging.ERROR)
+        log.propagate = False
+    sys.exit(_run(arguments))

@@ -1,0 +1,71 @@
+"""What can be refused before torch is imported: folders and files that are not there, and local data that cannot be read.
+
+It looks only at what is on this machine; names on the hub are left to those who load them.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from potstill.data.config import DataConfig, MixtureItem
+from potstill.errors import ModelError
+from potstill.models.config import LoadingConfig
+from potstill.recipes.schema import Recipe
+
+# Files larger than this are read once, when they are prepared: a second reading would cost more than an early answer is worth.
+_READ_TWICE_BYTES = 32 * 2**20
+
+
+def precheck(recipe: Recipe) -> None:
+    """Raises ModelError or DataError, naming the key and the remedy, for the first thing that is not there."""
+    check_model("student", recipe.student)
+    if recipe.teacher is not None and recipe.objective.asks_teacher:
+        check_model("teacher", recipe.teacher)
+    check_data(recipe.data)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` can only be a folder on this machine, or is one."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).expanduser().exists()
+
+
+def check_model(side: str, config: LoadingConfig) -> None:
+    """Raises ModelError where a local model or adapter of `side` is missing."""
+    folder = Path(config.path).expanduser()
+    if is_local(config.path) and not folder.is_dir():
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise ModelError(f"{side}.path: {config.path}: {what}; a model is a folder with config.json and safetensors, or a name on the hub")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        hint = f"; this is a run folder, its model is {config.path.rstrip('/')}/student" if (folder / "student").is_dir() else ""
+        hint = hint or ("; it is an adapter: name its base model as path and this folder as adapter" if _is_adapter(folder) else "")
+        raise ModelError(f"{side}.path: {config.path}: no config.json there, so it is not a model{hint}")
+    if config.adapter is not None and is_local(config.adapter) and not _is_adapter(Path(config.adapter).expanduser()):
+        raise ModelError(
+            f"{side}.adapter: {config.adapter}: no adapter there (no adapter_config.json); train it first with potstill finetune, "
+            f"or leave it out: {side}.adapter=null"
+        )
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def check_data(config: DataConfig) -> None:
+    """Reads small local files once, so that a malformed line or a missing column is said at once. Raises DataError."""
+    from potstill.data.formats import Reading, check_columns
+    from potstill.data.lines import Rejects
+    from potstill.data.sources import read_source
+
+    rejects = Rejects(config.bad_lines_allowed)
+    for item in _sources(config):
+        path = Path(item.path).expanduser()
+        if path.is_file() and path.stat().st_size > _READ_TWICE_BYTES or not path.exists() and not is_local(item.path) and "." not in path.name:
+            continue
+        rows = read_source(item, rejects, config.text_rows)
+        columns = config.columns if item.columns is None else item.columns
+        check_columns(rows, Reading(item.format or config.format, columns, config.instruct_prompt), item.path, rejects)
+
+
+def _sources(config: DataConfig) -> Iterable[MixtureItem]:
+    yield from config.sources
+    if isinstance(config.validation, str):
+        yield MixtureItem(path=config.validation)

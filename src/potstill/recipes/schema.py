@@ -1,0 +1,154 @@
+"""What a recipe may say: six sections, each the configuration of its room, and the rules between them. Imports no torch."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from potstill.config import Config
+from potstill.data.config import DataConfig
+from potstill.models.config import ModelConfig
+from potstill.objectives import catalogue
+from potstill.teachers.config import LocalTeacherConfig
+from potstill.training.config import TrainingConfig
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+
+class ObjectiveConfig(Config):
+    """Which distance between student and teacher, over which outcomes, and how it is mixed with cross-entropy.
+
+    The parameters of the divergence, the support and the token weight stand flat beside them; a parameter that none of them takes
+    is refused. What a parameter is where the recipe is silent stands in `potstill.objectives.catalogue` alone.
+    """
+
+    divergence: str = "forward_kl"
+    """The distance; `cross_entropy` learns from the text alone and needs no teacher."""
+    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The share of the divergence; cross-entropy has the rest."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of both sides in the divergence, never in the cross-entropy."""
+    scale_by_temperature_squared: bool | None = None
+    """Multiply the divergence by the squared temperature; null does so for forward KL mixed with cross-entropy."""
+    support: str = "full"
+    """The outcomes that are compared at each position."""
+    token_weight: str = "none"
+    """How positions are weighed against each other."""
+    reduction: Literal["token_mean", "seq_mean"] = "token_mean"
+    """Every target counts alike, or every response does."""
+    alpha: float | None = None
+    """Skew KL: the share of the other side in the mixture. Alpha-beta: its first exponent. DKD: weight of the target's part."""
+    beta: float | None = None
+    """JSD: the teacher's share in the mixture. Alpha-beta: its second exponent. DKD: weight of the part beside the target."""
+    jsd_normalize: bool | None = None
+    """Divide JSD by its greatest slope, so that every beta pulls alike."""
+    detach_mixture: bool | None = None
+    """Skew reverse KL: no gradient through the mixture."""
+    forward_weight: float | None = None
+    """Mixed KL: the share of the forward direction."""
+    mu: float | None = None
+    """Adaptive KL: the teacher's probability mass that counts as its head."""
+    top_k: int | None = None
+    """Outcomes kept of the teacher, by probability."""
+    num_samples: int | None = None
+    """Tokens drawn from the teacher at each position."""
+    gap_weight: float | None = None
+    """entropy_gap: how strongly the gap in entropy moves the weight."""
+    min_confidence: float | None = None
+    """teacher_confidence: positions where the teacher's highest probability is smaller do not count."""
+    position_gain: float | None = None
+    """position: how much more a late position counts."""
+    share: float | None = None
+    """top_share: the share of each response's positions that is kept, the largest divergence first."""
+
+    @model_validator(mode="after")
+    def _choice_has_a_meaning(self):
+        catalogue.check_choice(self.divergence, self.support, self.token_weight, self.given_parameters, self.temperature)
+        if self.divergence == "cross_entropy":
+            fields = type(self).model_fields
+            idle = [name for name in _OF_A_TEACHER if getattr(self, name) != fields[name].default]
+            if idle:
+                raise ValueError(f"{idle[0]}: cross_entropy asks no teacher, so this would have no effect; leave it out")
+        return self
+
+    @property
+    def given_parameters(self) -> dict[str, Any]:
+        """The parameters that the recipe sets, by name."""
+        return {name: value for name in PARAMETER_KEYS if (value := getattr(self, name)) is not None}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The complete parameters of divergence, support and token weight, flat, defaults filled in."""
+        parts = catalogue.check_choice(self.divergence, self.support, self.token_weight, self.given_parameters, self.temperature)
+        return {name: value for part in parts for name, value in part.items()}
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss depends on a teacher at all."""
+        return self.divergence != "cross_entropy" and self.kd_ratio > 0
+
+
+_OF_A_TEACHER = ("temperature", "scale_by_temperature_squared", "support", "token_weight")
+PARAMETER_KEYS = tuple(
+    name for name in ObjectiveConfig.model_fields
+    if any(name in table[choice] for table in (catalogue.PARAMETERS, catalogue.SUPPORTS, catalogue.TOKEN_WEIGHTS) for choice in table)
+)
+
+
+class RunConfig(Config):
+    """Where a run is written, from which seed, and who watches."""
+
+    folder: Annotated[str, Field(min_length=1)]
+    """Everything that the run writes goes here."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of random weights, new adapters, the order of the data and dropout."""
+    trackers: list[Tracker] = []
+    """Who is shown the metrics, besides the run folder's own log."""
+    merge_adapter: bool = True
+    """Export the student with its adapter merged into the weights; false keeps the base model beside RUN/adapter."""
+
+
+def _default_objective(validated: dict[str, Any]) -> ObjectiveConfig:
+    return ObjectiveConfig() if validated.get("teacher") is not None else ObjectiveConfig(divergence="cross_entropy")
+
+
+class Recipe(Config):
+    """One run, from the data to the exported student."""
+
+    student: ModelConfig
+    """The model that learns."""
+    teacher: LocalTeacherConfig | None = None
+    """The model that is learned from; without one the student learns from the text alone."""
+    data: DataConfig
+    """The text that both read."""
+    objective: ObjectiveConfig = Field(default_factory=_default_objective)
+    """What is minimised; without this section forward KL mixed with cross-entropy, or cross-entropy where there is no teacher."""
+    training: TrainingConfig
+    """How it is minimised."""
+    run: RunConfig
+    """Where it is written."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        objective, training = self.objective, self.training
+        if self.teacher is None and objective.asks_teacher:
+            raise ValueError(
+                f"objective.divergence: {objective.divergence} compares with a teacher, and there is no teacher section; add "
+                "teacher: {kind: local, path: ...}, or leave the objective section out to learn from the text alone"
+            )
+        if self.teacher is not None and objective.divergence == "cross_entropy":
+            raise ValueError(
+                "objective.divergence: cross_entropy never asks the teacher; leave the teacher section out, or choose a divergence"
+            )
+        if training.early_stopping is not None and self.data.validation is None:
+            raise ValueError("training.early_stopping: needs a validation set; set data.validation to a fraction or a file")
+        if training.eval_steps is not None and self.data.validation is None:
+            raise ValueError("training.eval_steps: there is nothing to evaluate on; set data.validation to a fraction or a file")
+        if self.teacher is not None and self.teacher.sharded and self.teacher.quantization:
+            raise ValueError("teacher.sharded: a quantised teacher cannot be sharded; leave out one of sharded and quantization")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as JSON values with every default filled in: what the run folder records and a resume compares."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        values["objective"] |= self.objective.parameters
+        return values
