@@ -3,7 +3,6 @@
 It decides nothing about the data or the loss. Making the arguments also starts the process group, as transformers does.
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,18 +46,19 @@ def training_arguments(
     stay_on_this_machine()
     if config.fsdp:
         if world_size == 1:
-            raise ConfigError("training.fsdp shards over several ranks, and this is the only one; start with torchrun --nproc-per-node N, or leave it out")
+            raise ConfigError(
+                "training.fsdp shards over several ranks, and this is the only one; start with torchrun --nproc-per-node N, or leave it out"
+            )
         if on_cpu:
             _let_accelerate_shard_on_cpu()
             accelerator_config["use_configured_state"] = True
         sharded = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layer_classes(model)}}
-    if trackers:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "trackers"))
     with warnings.catch_warnings():
         # transformers tells of its own changes of defaults; ours are all set here.
         warnings.simplefilter("ignore", FutureWarning)
         return TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(folder / "trackers" if trackers else folder),  # trackers write there; checkpoints are ours
+            run_name=folder.name,
             max_steps=num_steps,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=local_accumulation,

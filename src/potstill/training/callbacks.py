@@ -3,6 +3,8 @@
 Each is a few lines around a method of `DistillationTrainer` or of the run folder.
 """
 
+from collections.abc import Callable
+
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from potstill.run_folder import RunFolder
@@ -11,22 +13,16 @@ from potstill.training.saving import Progress
 
 
 class StepGuard(TrainerCallback):
-    """Looks at loss and gradient before each optimizer step and books it afterwards. `trainer` is set once it exists."""
+    """Looks at loss and gradient before each optimizer step, and books the step afterwards."""
 
-    def __init__(self):
-        self.trainer = None
+    def __init__(self, before_step: Callable[[], None], after_step: Callable[[], None]):
+        self._before_step, self._after_step = before_step, after_step
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
-        self.trainer.refuse_non_finite()
+        self._before_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
-        self.trainer.step_done()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
-        self.trainer.stop_if_asked()
-        if self.trainer.progress.evaluation_pending:
-            # The run was broken off in this evaluation; what it decides must not depend on that.
-            self.trainer.evaluate()
+        self._after_step()
 
 
 class MetricsToFolder(TrainerCallback):
@@ -47,6 +43,7 @@ class BestEvaluation(TrainerCallback):
         self._progress, self._early_stopping = progress, early_stopping
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics=None, **_):
+        assert metrics is not None
         loss, progress = metrics["eval_loss"], self._progress
         margin = self._early_stopping.min_delta if self._early_stopping else 0.0
         if progress.best_loss is None or loss < progress.best_loss - margin:
@@ -54,7 +51,7 @@ class BestEvaluation(TrainerCallback):
             control.should_save = control.should_save or self._early_stopping is not None
         else:
             progress.evaluations_without_gain += 1
-        if self._early_stopping and progress.evaluations_without_gain > self._early_stopping.patience - 1:
+        if self._early_stopping and progress.evaluations_without_gain >= self._early_stopping.patience:
             progress.stopped_early = True
             control.should_training_stop = control.should_save = True
         return control

@@ -5,7 +5,6 @@ loss. It knows no teacher (it gets the answer), no optimizer and no denominator:
 """
 
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +12,12 @@ from torch import Tensor, nn
 from potstill.batch import Batch
 from potstill.head import Head, LowRank
 from potstill.models.causal_lm import CausalLM
-from potstill.objectives.fused import FusedLoss
-from potstill.signals import Needs, TeacherSignal
+from potstill.objectives.distribution import DistributionMatching
+from potstill.objectives.likelihood import Likelihood
+from potstill.signals import TeacherSignal
 
-
-class Objective(Protocol):
-    """What the distiller asks of a loss; `potstill.objectives` has them."""
-
-    @property
-    def needs(self) -> Needs: ...
-
-    def count(self, batch: Batch) -> int | float: ...
-
-    def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal, batch: Batch) -> FusedLoss: ...
-
-    def __call__(self, *args: object) -> object: ...
+# What the distiller asks of an objective: `needs`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
+Objective = DistributionMatching | Likelihood
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
@@ -39,10 +29,10 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 class Distiller(nn.Module):
     """`objective` is an `nn.Module` of `potstill.objectives`; what it learns itself is trained with the student."""
 
-    def __init__(self, student: CausalLM, objective: nn.Module):
+    def __init__(self, student: CausalLM, objective: Objective):
         super().__init__()
         self.student = student
-        self.objective = objective
+        self.objective: Objective = objective
 
     def forward(self, batch: Batch, signal: TeacherSignal) -> tuple[Tensor, Tensor, Tensor]:
         """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from potstill.errors import PotstillError, StorageError
+from potstill.errors import StorageError
 
 T = TypeVar("T")
 
@@ -42,7 +42,9 @@ class Ranks:
         self.together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         self.rank = distributed.get_rank() if self.together else 0
         self.world_size = distributed.get_world_size() if self.together else 1
-        self._group = distributed.new_group(backend="gloo") if self.together and distributed.get_backend() != "gloo" else None
+        self._group: distributed.ProcessGroup | None = None
+        if self.together and distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo")  # type: ignore[assignment]
 
     @property
     def first(self) -> bool:
@@ -77,18 +79,3 @@ class Ranks:
         if self.largest([failure is not None])[0]:
             raise failure if failure is not None else StorageError("the first rank failed; its message says why")
         return result
-
-    def tell(self, value: object) -> object:
-        """The first rank's JSON value, on every rank."""
-        import json
-
-        if not self.together:
-            return value
-        text = json.dumps(value).encode() if self.first else b""
-        size = int(self.sum([len(text)])[0])
-        tensor = torch.frombuffer(bytearray(text or bytes(size)), dtype=torch.uint8).clone()
-        distributed.broadcast(tensor, src=0, group=self._group)
-        return json.loads(bytes(tensor.tolist()))
-
-
-__all__ = ["PotstillError", "Ranks", "launched_ranks", "stay_on_this_machine"]

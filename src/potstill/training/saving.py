@@ -88,7 +88,7 @@ class Saver:
         now = time.monotonic()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
         tensors = {"weights": state.weights(model)}
-        numbers: dict[str, Any] = {"progress": asdict(self.progress), "fingerprints": self.fingerprints, "world_size": self.ranks.world_size}
+        numbers: dict[str, Any] = {"progress": asdict(self.progress), "fingerprints": self.fingerprints}
         if optimizer is not None:
             tensors["optimizer"], numbers["optimizer"] = state.optimizer_state(optimizer, model)
         made = CheckpointState(tensors if self.ranks.first else {}, state.plain(numbers))
@@ -142,5 +142,6 @@ def refuse_smaller(step: int, num_steps: int) -> None:
     """Raises IncompatibleError where a run that is to be resumed has already gone further than it should."""
     if step > num_steps:
         raise IncompatibleError(
-            f"the run has already taken {step} steps, and the recipe now asks for {num_steps}; ask for at least {step}, or --fresh starts over"
+            f"the run has already taken {step} steps, and the recipe now asks for {num_steps}; "
+            f"ask for at least {step}, or --fresh starts over"
         )
