@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from potstill.batch import Batch
+from potstill.data.token_bytes import token_bytes
 from potstill.errors import DataError, NonFiniteError
 from potstill.evaluation.metrics import CALIBRATION, COLUMN, NUM_CALIBRATION_BINS, NUM_COLUMNS, Measurement
 from potstill.evaluation.statistics import Estimate
@@ -47,6 +48,7 @@ def measure_documents(
     Documents are told apart by Example.index (`batch.examples`): several windows of one document are one cluster. `chunk_rows` is
     how many positions pass through the heads at once; by default as many as fit `CHUNK_BYTES`.
     """
+    bytes_of = None if tokenizer is None else torch.from_numpy(token_bytes(tokenizer))
     models = [student] if teacher is None else [student, teacher]
     was_training = [model.training for model in models]
     sums: dict[int, np.ndarray] = {}
@@ -54,7 +56,7 @@ def measure_documents(
         for model in models:
             model.eval()
         for number, batch in enumerate(batches):
-            for document, row in zip(*_measure_batch(student, batch, teacher, tokenizer, chunk_rows), strict=True):
+            for document, row in zip(*_measure_batch(student, batch, teacher, bytes_of, chunk_rows), strict=True):
                 # Without Example.index every document is its own cluster, numbered by batch so that none meet.
                 key = document if batch.examples else number * 2**32 + document
                 sums[key] = sums.get(key, 0) + row
@@ -74,7 +76,7 @@ def measure_documents(
 
 
 def _measure_batch(
-    student: CausalLM, batch: Batch, teacher: CausalLM | None, tokenizer: PreTrainedTokenizerBase | None, chunk_rows: int | None
+    student: CausalLM, batch: Batch, teacher: CausalLM | None, bytes_of: Tensor | None, chunk_rows: int | None
 ) -> tuple[list[int], np.ndarray]:
     """The documents of a batch that hold targets, and their sums [documents, NUM_COLUMNS]."""
     batch = batch.to(student.device)
@@ -96,9 +98,9 @@ def _measure_batch(
         measured = _measure_rows(student_log_probs, teacher_log_probs, targets[part])
         # Float64 stays on the processor: some accelerators have none.
         sums.index_add_(0, owner[part].cpu(), measured.cpu().double())
-    names, token_bytes = _documents(batch, responses, tokenizer)
-    sums[:, COLUMN["bytes"]] = torch.tensor(token_bytes, dtype=torch.float64)
-    return names, sums.numpy()
+    if bytes_of is not None:
+        sums[:, COLUMN["bytes"]].index_add_(0, owner.cpu(), bytes_of[targets.cpu()].double())
+    return _documents(batch, responses), sums.numpy()
 
 
 def log_probs(head: Head, rows: Tensor, vocabulary_size: int) -> Tensor:
@@ -152,43 +154,12 @@ def _entropy(log_probabilities: Tensor) -> Tensor:
     return -torch.where(log_probabilities.isfinite(), log_probabilities.exp() * log_probabilities, 0.0).sum(dim=-1)
 
 
-def _documents(batch: Batch, responses: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
-    """For each response number of the batch its document's name (Example.index, else its own number) and the bytes of its targets."""
+def _documents(batch: Batch, responses: Tensor) -> list[int]:
+    """For each response number of the batch its document: Example.index, or the number itself where the batch does not know."""
+    if not batch.examples:
+        return responses.tolist()
     width = int(batch.documents.max()) + 1
-    present = (batch.documents[:, :, None] == torch.arange(width, device=batch.documents.device)).any(dim=1).cpu()
-    names: dict[int, int] = {}
-    for number, (sequence, document) in enumerate(present.nonzero().tolist()):
-        names[sequence * width + document] = batch.examples[number] if batch.examples else sequence * width + document
-    numbers = responses.tolist()
-    if tokenizer is None:
-        return [names[number] for number in numbers], [0] * len(numbers)
-    token_bytes = []
-    for number in numbers:
-        sequence, document = divmod(number, width)
-        inside = batch.documents[sequence] == document
-        tokens, is_target = batch.tokens[sequence][inside], batch.is_target[sequence][inside]
-        token_bytes.append(target_bytes(tokens.tolist(), is_target.tolist(), tokenizer))
-    return [names[number] for number in numbers], token_bytes
-
-
-def target_bytes(tokens: list[int], is_target: list[bool], tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the text that the targets of one document stand for; special tokens stand for none.
-
-    Spans are decoded with what stands before them, because many tokenizers drop or add a space at the beginning of a text. The
-    first token has no predictor and is never counted.
-    """
-    total, position = 0, 1
-    while position < len(tokens):
-        if not is_target[position]:
-            position += 1
-            continue
-        end = position
-        while end < len(tokens) and is_target[end]:
-            end += 1
-        total += _decoded_bytes(tokens[:end], tokenizer) - _decoded_bytes(tokens[:position], tokenizer)
-        position = end
-    return total
-
-
-def _decoded_bytes(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    return len(str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)).encode("utf-8"))
+    present = (batch.documents[:, :, None] == torch.arange(width, device=batch.documents.device)).any(dim=1)
+    numbers = [sequence * width + document for sequence, document in present.nonzero().tolist()]
+    named = dict(zip(numbers, batch.examples, strict=True))
+    return [named[number] for number in responses.tolist()]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from potstill.reporting.summary import EVALUATION_PREFIX, Curve, RunSummary, quantities, quantity_of
+from potstill.reporting.summary import EVALUATION_PREFIX, Curve, RunSummary, label_of, quantities, quantity_of
 
 MOST_POINTS = 1000
 MOST_TABLE_ROWS = 12
@@ -50,11 +50,11 @@ def figures(summaries: Sequence[RunSummary]) -> list[dict[str, Any]]:
         lines = lines_of(summaries, quantity)
         thin = [replace(line, curve=line.curve.thinned(MOST_POINTS)) for line in lines]
         entry: dict[str, Any] = {
-            "quantity": quantity.replace("_", " "),
+            "quantity": label_of(quantity),
             "left_out": sum(len(line.curve.steps) for line in lines) - sum(len(line.curve.steps) for line in thin),
         }
         if with_plotly:
-            entry["picture"] = _picture(thin, quantity.replace("_", " "), include_script=not drawn)
+            entry["picture"] = _picture(thin, label_of(quantity), include_script=not drawn)
         else:
             entry["table"] = _table(lines)
         drawn.append(entry)

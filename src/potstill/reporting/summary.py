@@ -12,10 +12,18 @@ from potstill.errors import RunFolderError
 from potstill.run_folder import METRICS, RECIPE, RunFolder, flatten
 
 EVALUATION_PREFIX = "eval_"
-# The quantities that a reader looks for first, in this order; every other one follows by name.
-FIRST_QUANTITIES = ("cross_entropy", "divergence", "loss")
-# Logged beside every line and no curve of their own.
-_NOT_CURVES = frozenset({"step", "epoch"})
+# What training logs, in the order in which a reader looks for it, and in words. Any other quantity follows under its own name.
+LABELS = {
+    "loss/ce": "cross-entropy (nats per target)",
+    "loss/kd": "divergence from the teacher (nats per target)",
+    "loss": "loss (nats per target)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "tokens_per_second": "tokens per second",
+    "peak_gib": "peak memory (GiB)",
+}
+# Logged beside the curves and no curve of their own.
+_NOT_CURVES = frozenset({"step", "epoch", "target_tokens", "non_finite_steps", "eval_seconds"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def summarise(path: Path | str, *, name: str | None = None) -> RunSummary:
     sessions = folder.read_sessions()
     return RunSummary(
         name or folder.path.name, folder.path, folder.status, flatten(folder.read_recipe()), curves, evaluations, sessions,
-        folder.read_summary(), [*_run_warnings(folder.status, curves, sessions, bool(torn)), *_evaluation_warnings(evaluations)],
+        folder.read_summary(),
+        [*_run_warnings(folder.status, curves, sessions, bool(torn)), *_refused_steps(lines), *_evaluation_warnings(evaluations)],
     )  # fmt: skip
 
 
@@ -111,7 +120,12 @@ def quantity_of(name: str) -> str:
 def quantities(summaries: Sequence[RunSummary]) -> list[str]:
     """The quantities that any run logged with at least two points, the losses first."""
     found = {quantity_of(name) for summary in summaries for name, curve in summary.curves.items() if len(curve.steps) > 1}
-    return [name for name in FIRST_QUANTITIES if name in found] + sorted(found - set(FIRST_QUANTITIES))
+    return [name for name in LABELS if name in found] + sorted(found - LABELS.keys())
+
+
+def label_of(quantity: str) -> str:
+    """A quantity in words, with its unit."""
+    return LABELS.get(quantity, quantity.replace("_", " "))
 
 
 def _read_evaluations(path: Path) -> dict[str, Mapping[str, Any]]:
@@ -128,6 +142,11 @@ def _read_evaluations(path: Path) -> dict[str, Mapping[str, Any]]:
 
 def _evaluation_warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{name}: {warning}" for name, record in evaluations.items() for warning in record.get("warnings", ())]
+
+
+def _refused_steps(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    refused = max((int(line["non_finite_steps"]) for line in lines if line.get("non_finite_steps")), default=0)
+    return [f"{refused} steps were not taken, because their loss or gradient was not finite"] if refused else []
 
 
 def _run_warnings(status: str, curves: Mapping[str, Curve], sessions: Sequence[Mapping[str, Any]], torn: bool) -> list[str]:

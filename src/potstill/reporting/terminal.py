@@ -29,26 +29,31 @@ def print_evaluation(record: Mapping[str, Any], console: Console | None = None) 
 
 
 def results_table(record: Mapping[str, Any]) -> Table:
-    """Metrics down, models across, each value with its standard error; one model alone also gets its interval and its counts."""
+    """Metrics down, models across, each value with its standard error; a model that stands alone also shows its intervals."""
     models = record["models"]
-    table = Table(title=Text(record["title"]), title_justify="left", caption_justify="left", caption="± is one standard error")
+    alone = len(models) == 1
+    rows = metric_rows(models)
+    table = Table(title=Text(record["title"]), title_justify="left", caption=Text(_caption(rows)), caption_justify="left")
     table.add_column("")
     for model in models:
         seeds = f"\n{model['num_seeds']} seeds" if model["num_seeds"] > 1 else ""
-        table.add_column(Text(model["name"] + seeds), justify="right", no_wrap=len(models) < 5)
-    alone = len(models) == 1
+        table.add_column(Text("value" if alone else model["name"] + seeds), justify="right")
     if alone:
         table.add_column("95 % interval", justify="right")
-        table.add_column("over", justify="right")
     if any(model["num_parameters"] is not None for model in models):
         table.add_row("parameters", *(count(model["num_parameters"]) for model in models))
-    for name, metric in metric_rows(models).items():
+    for name, metric in rows.items():
         label = f"{with_unit(metric['label'], metric['unit'])} {direction(metric['higher_is_better'])}".rstrip()
         cells = [plus_minus(model["metrics"][name]) if name in model["metrics"] else "" for model in models]
         if alone:
-            cells += [interval(metric["low"], metric["high"], metric["standard_error"]), f"{count(metric['count'])} {metric['counted']}"]
+            cells.append(interval(metric["low"], metric["high"], metric["standard_error"]))
         table.add_row(Text(label), *map(Text, cells))
     return table
+
+
+def _caption(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    counted = dict.fromkeys(f"{count(metric['count'])} {metric['counted']}" for metric in rows.values())
+    return f"± is one standard error; over {', '.join(counted)}; ↑ more is better, ↓ less is better"
 
 
 def metric_rows(models: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -51,7 +51,8 @@ def significance(is_significant: bool) -> str:
 
 
 def with_unit(label: str, unit: str) -> str:
-    return f"{label} ({unit})" if unit else label
+    """A metric's name with its unit, unless the name already says it ("bits per byte")."""
+    return f"{label} ({unit})" if unit and unit not in label else label
 
 
 def _decimals(error: float) -> int:
