@@ -78,10 +78,11 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path):
 
 
 REFUSED = {
-    "student.path": "other", "teacher.path": "other", "data.train": "other.jsonl", "data.max_tokens": 64, "objective.divergence": "jsd",
-    "objective.kd_ratio": 0.4, "objective.parameters": {"beta": 0.1}, "training.batch_size": 8, "training.accumulation": 4,
-    "training.learning_rate": 2e-5, "run.seed": 1, "student.lora": {"rank": 4}, "data.validation": 0.03,
+    "student.path": "other", "teacher.path": "other", "data.train": "other.jsonl", "objective.divergence": "jsd",
+    "objective.kd_ratio": 0.4, "objective.parameters": {"beta": 0.1}, "training.learning_rate": 2e-5, "student.lora": {"rank": 4},
+    "data.validation": 0.03,
 }  # fmt: skip
+REFUSED_ALWAYS = {"training.batch_size": 8, "training.accumulation": 4, "run.seed": 1, "data.max_tokens": 64, "data.packing": False}
 ALLOWED = {
     "training.epochs": 2, "training.save_steps": 5, "run.folder": "runs/b", "run.trackers": [], "training.early_stopping": {"patience": 1},
 }  # fmt: skip
@@ -100,6 +101,13 @@ def test_a_change_of_what_is_computed_is_refused_and_can_be_overridden(key, tmp_
         assert folder.status == "interrupted"
         assert any(leaf in note for note in folder.notes)
     RunFolder.open(tmp_path, _with({key: REFUSED[key]})).close()
+
+
+@pytest.mark.parametrize("key", REFUSED_ALWAYS)
+def test_a_change_that_loses_the_place_in_the_data_cannot_be_overridden(key, tmp_path):
+    RunFolder.open(tmp_path, RECIPE).close()
+    with pytest.raises(RunFolderError, match=r"(?s)" + key + ".*place in the data"):
+        RunFolder.open(tmp_path, _with({key: REFUSED_ALWAYS[key]}), override_resume=[key])
 
 
 @pytest.mark.parametrize("key", ALLOWED)
@@ -195,7 +203,7 @@ storage.OPERATIONS.fsync = lambda descriptor: None
 storage.OPERATIONS.sync_folder = lambda path: None
 root = sys.argv[1]
 RunFolder.open(root, {"a": 1}).close()
-for trial in range(100):
+for trial in range(60):
     start, go = os.pipe()
     told, tell = os.pipe()
     children = []
@@ -209,7 +217,7 @@ for trial in range(100):
                 os.write(tell, b"w")
                 if os.fork() == 0:                  # a data worker that outlives its run
                     os.close(tell); os.close(told)
-                    import time; time.sleep(0.3 if trial % 10 == 0 else 0)
+                    import time; time.sleep(0.5)
                     os._exit(0)
                 signal.pause()                      # the winner is killed while it holds the lock
             except RunFolderError:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,22 @@ from pathlib import Path
 from potstill.errors import RunFolderError
 from potstill.storage import to_json
 
+_ORPHANS_LEAVE_SECONDS = 5.0
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _is_dead(content: bytes) -> bool:
+    """Whether the owner was a process of this host that is no more; then only a child of it, on its way out, can hold the lock."""
+    try:
+        owner = json.loads(content)
+        if owner["host"] != socket.gethostname():
+            return False
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return False
 
 
 def _describe(content: bytes) -> str:
@@ -27,7 +43,7 @@ def _describe(content: bytes) -> str:
 
 
 class Lock:
-    """Held from construction until `release`, or until this process dies. Raises RunFolderError at once if another holds it.
+    """Held from construction until `release`, or until this process dies. Raises RunFolderError at once if another run holds it.
 
     `taken_over` describes the owner that died without releasing it, else None.
     """
@@ -40,21 +56,32 @@ class Lock:
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be opened to lock the folder ({error.strerror}); is it writable?") from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _describe(self._read())
+            self._take()
+        except BaseException:
             os.close(self._descriptor)
-            raise RunFolderError(
-                f"{path.parent}: another run is using this folder ({owner}); wait for it, stop it, or set run.folder to another one"
-            ) from None
-        except OSError as error:
-            os.close(self._descriptor)
-            raise RunFolderError(f"{path}: this file system cannot lock ({error.strerror}); set run.folder to a local one") from error
+            raise
         former = self._read()
         if former:
             self.taken_over = _describe(former)
         self._state(to_json({"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}))
         _held.add(self)
+
+    def _take(self) -> None:
+        deadline = time.monotonic() + _ORPHANS_LEAVE_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = self._read()
+                if not _is_dead(owner) or time.monotonic() > deadline:
+                    raise RunFolderError(
+                        f"{self.path.parent}: another run is using this folder ({_describe(owner)}); "
+                        "wait for it, stop it, or set run.folder to another one"
+                    ) from None
+                time.sleep(0.02)
+            except OSError as error:
+                remedy = "set run.folder to a local one"
+                raise RunFolderError(f"{self.path}: this file system cannot lock ({error.strerror}); {remedy}") from error
 
     def _read(self) -> bytes:
         return os.pread(self._descriptor, 4096, 0)

@@ -145,14 +145,22 @@ def read_bytes(folder: Path, name: str) -> bytes:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    return json.loads(read_bytes(folder, name))
+    """A JSON file of a committed folder, verified. Raises StorageError if it is not JSON."""
+    try:
+        return json.loads(read_bytes(folder, name))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{folder / name}: not JSON") from error
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, "Tensor"]:
-    """The tensors of one safetensors file of a committed folder, verified."""
+    """The tensors of one safetensors file of a committed folder, verified. Raises StorageError if it is not such a file."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    return load(read_bytes(folder, name))
+    try:
+        return load(read_bytes(folder, name))
+    except SafetensorError as error:
+        raise StorageError(f"{folder / name}: not a safetensors file ({error})") from error
 
 
 def read_lines(path: Path) -> tuple[list[Any], int]:

@@ -44,6 +44,8 @@ ALLOWED_CHANGES = {
     "student.activation_checkpointing": "the same mathematics, executed differently",
 }
 _GLOBAL_BATCH = ("training.batch_size", "training.accumulation")
+# They fix which rows belong to which step. With other values the place in the data is lost, so that no override helps.
+_ORDER = (*_GLOBAL_BATCH, "run.seed", "data.packing", "data.max_tokens")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def recipe_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any], overr
         return math.prod(before.get(key, 1) for key in _GLOBAL_BATCH) == math.prod(after.get(key, 1) for key in _GLOBAL_BATCH)
 
     def verdict(key: str) -> str | None:
-        if key in overridden:
+        if key in overridden and key not in _ORDER:
             return "--override-resume"
         if key in _GLOBAL_BATCH and same_global_batch():
             return "the same rows in every optimizer step"
@@ -96,10 +98,12 @@ def _refuse(path: Path, changes: Sequence[Change]) -> None:
     refused = [change for change in changes if change.allowed is None]
     if refused:
         listed = "\n".join(f"  {change}" for change in refused)
+        regardless = " ".join(f"--override-resume {change.key}" for change in refused)
+        lost = any(change.key in _ORDER for change in refused)
+        last = "the place in the data would be lost otherwise" if lost else f"or go on regardless with {regardless}"
         raise RunFolderError(
             f"{path}: this run began with another recipe:\n{listed}\n"
-            "use the former values, or --fresh to start over, or another run.folder, or go on regardless with "
-            f"--override-resume {refused[0].key}"
+            f"use the former values, or --fresh to start over, or another run.folder; {last}"
         )
 
 

@@ -1,11 +1,10 @@
-"""Turns the state of a training process into tensors and JSON numbers, and back exactly: weights, optimizer, scheduler, randomness.
+"""Turns the state of a training process into tensors and JSON numbers, and back exactly: trained weights and optimizer.
 
-Everything is keyed by parameter name and holds whole tensors, so that it fits any number of ranks and any sharding. Nothing here
-touches a disk.
+Everything is keyed by parameter name and holds whole tensors, so that it fits any number of ranks and any sharding. Generators of
+random numbers are no part of it: what is random in training is a function of the step. Nothing here touches a disk.
 """
 
 import math
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +76,7 @@ def _refuse_other_names(here: Mapping[str, object], saved: Mapping[str, object])
         )
 
 
-# ---------------------------------------------------------------- optimizer and scheduler
+# ---------------------------------------------------------------- optimizer
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -151,36 +150,3 @@ def restored(value: Any) -> Any:
     if isinstance(value, dict):
         return float(value["float"]) if value.keys() == {"float"} else {key: restored(item) for key, item in value.items()}
     return [restored(item) for item in value] if isinstance(value, list) else value
-
-
-# ---------------------------------------------------------------- randomness
-
-
-def random_state() -> dict[str, Tensor]:
-    """The generators of Python, numpy, torch and every CUDA device of this process, as tensors of fixed shapes and no objects."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state()  # type: ignore[misc]
-    tensors = {
-        "python": torch.tensor([version, *internal], dtype=torch.int64),
-        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),  # type: ignore[union-attr]
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    return tensors
-
-
-def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Puts `random_state` back. States of CUDA devices that are not here are passed over."""
-    version, *internal = tensors["python"].tolist()
-    has_gauss, gauss = tensors["python_gauss"].tolist()
-    random.setstate((version, tuple(internal), gauss if has_gauss else None))
-    *keys, position, numpy_has_gauss = tensors["numpy"].tolist()
-    cached = tensors["numpy_gauss"].item()
-    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, numpy_has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
