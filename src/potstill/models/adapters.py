@@ -1,5 +1,6 @@
 """Low-rank adapters by peft: a new one from a recipe, or a saved one put on its base. Safetensors only."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from potstill.models.config import LoraConfig
 
 
 @contextmanager
-def _silent_about_renames() -> Iterator[None]:
-    """peft asks transformers by names that it has since deprecated; that is nothing a user can change."""
+def _without_noise() -> Iterator[None]:
+    """peft asks transformers by names that it has since deprecated, and warns of a tied head, which the export unties."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning, module="(peft|transformers)")
         yield
 
@@ -66,8 +68,19 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         target_modules=lora.targets, modules_to_save=lora.modules_to_save or None,
         use_rslora=lora.rank_stabilised, task_type="CAUSAL_LM",
     )
-    with _silent_about_renames():
+    with _without_noise():
         return get_peft_model(model, configuration)  # type: ignore[return-value]
+
+
+def adapter_base(folder: str) -> str:
+    """The model that a saved adapter belongs to. Raises ModelError where the adapter does not say."""
+    try:
+        base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder}: adapter_config.json does not read as JSON: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{folder} is an adapter that does not name its base model; name the base as path and this folder as adapter")
+    return base
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PeftModel:
@@ -80,7 +93,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PeftM
             raise ModelError(f"{adapter}: it has no adapter_model.safetensors; other files of weights are pickles and are not read")
     source = str(folder) if folder.exists() else adapter
     try:
-        with _silent_about_renames():
+        with _without_noise():
             return PeftModel.from_pretrained(model, source, is_trainable=trainable, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())[:400]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from potstill.models.adapters import is_linear, linear_width, targeted
 from potstill.models.config import LoadingConfig, ModelConfig
 from potstill.models.loading import Precision, choose_dtype, local_folder, read_model_config
+from potstill.models.requirements import quantisation_of
 
 # NF4 with double quantisation: 4 bits, and a block of 64 weights shares 8 bits, of which a block of 256 shares 32.
 _QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
@@ -105,7 +106,7 @@ def _weights(config: LoadingConfig, model: PreTrainedModel, dtype: torch.dtype) 
     """Parameters and their bytes as they will lie in memory."""
     parameters, _ = count_parameters(model)
     folder = local_folder(config)
-    if model.config.to_dict().get("quantization_config") and folder is not None:
+    if quantisation_of(model.config) is not None and folder is not None:
         return parameters, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     size = torch.empty((), dtype=dtype).element_size()
     if config.quantization is None:

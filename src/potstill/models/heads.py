@@ -38,18 +38,27 @@ def read_arithmetic(config: PreTrainedConfig) -> HeadArithmetic:
     return HeadArithmetic(scale, float(softcap) if softcap else None)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that FSDP or tensor parallelism holds in parts; autograd reduces the gradient back."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _weight(layer: nn.Module, name: str) -> Tensor:
+def plain_weight(layer: nn.Module) -> Tensor:
+    """A layer's weight, unpacked where bitsandbytes, torchao or HQQ has quantised it."""
     from peft.utils.integrations import dequantize_module_weight
 
+    if type(layer.weight).__name__ != "Int8Params":
+        return dequantize_module_weight(layer)
+    # Its scales move from the weight to the layer's state in the first forward.
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # type: ignore[union-attr]
+    return layer.weight.float() * (scales.float()[:, None] / 127.0)  # type: ignore[operator, union-attr]
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
     if isinstance(layer, nn.Linear) or type(layer).__module__.startswith("bitsandbytes."):
-        return _whole(dequantize_module_weight(layer))
+        return whole(plain_weight(layer))
     raise ModelError(f"{name}: its head is a {type(layer).__name__}; only linear heads, plain or quantised by bitsandbytes, can be read")
 
 
@@ -66,7 +75,7 @@ def _low_rank(layer, name: str) -> tuple[LowRank, ...]:
         dropout = layer.lora_dropout[adapter]
         deltas.append(
             LowRank(
-                down=_whole(layer.lora_A[adapter].weight), up=_whole(layer.lora_B[adapter].weight),
+                down=whole(layer.lora_A[adapter].weight), up=whole(layer.lora_B[adapter].weight),
                 scaling=float(layer.scaling[adapter]), dropout=float(dropout.p) if isinstance(dropout, nn.Dropout) else 0.0,
             )
         )
@@ -89,6 +98,6 @@ def read_head(layer: nn.Module, arithmetic: HeadArithmetic, name: str) -> Head:
         raise ModelError(f"{name}: the adapter on its head is a {type(layer).__name__}; on the head only LoRA can be read")
     bias = layer.bias if isinstance(layer.bias, torch.Tensor) else None
     return Head(
-        weight=_weight(layer, name), bias=None if bias is None else _whole(bias),
+        weight=_weight(layer, name), bias=None if bias is None else whole(bias),
         scale=arithmetic.scale, softcap=arithmetic.softcap, low_rank=low_rank,
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig, ModelConfig
-from potstill.models.requirements import is_installed, require_quantiser, require_transformers
+from potstill.models.requirements import is_installed, quantisation_of, require_quantiser, require_transformers
 
 require_transformers()
 
@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
-from potstill.models.adapters import add_lora, load_adapter  # noqa: E402
+from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noqa: E402
 
 Precision = Literal["bf16", "float32"]
 
@@ -61,8 +61,6 @@ def _refuse_unsafe_folder(path: str, config: LoadingConfig) -> None:
         return
     if config.trust_remote_code:
         raise ModelError(f"{path}: trust_remote_code is for a commit on the hub; the code in a local folder is not pinned by anything")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{path} is an adapter; name its base model as path and this folder as adapter")
     if not (folder / "config.json").exists():
         raise ModelError(f"{path} has no config.json, so it is not a model; it holds {_contents(folder)}")
     if config.weights == "pretrained" and not any(folder.glob("*.safetensors")):
@@ -102,8 +100,22 @@ def _explain(config: LoadingConfig, what: str, error: Exception) -> ModelError:
     return ModelError(f"{config.path}: {what} cannot be loaded: {text[:400]}")
 
 
+def with_base(config: LoadingConfig) -> LoadingConfig:
+    """For a folder that is an adapter: its base model as `path`, the folder as `adapter`. Anything else as it is."""
+    folder = Path(config.path).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return config
+    if (folder / "config.json").exists():
+        raise ModelError(f"{config.path} holds a model and an adapter; put them into folders of their own and name both")
+    if config.adapter is not None:
+        raise ModelError(f"{config.path} is an adapter, so adapter: {config.adapter} has no model to sit on; name the base model as path")
+    base = adapter_base(str(folder))
+    return config.model_copy(update={"path": base, "adapter": str(folder)})
+
+
 def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
     """The model's configuration, without weights. Raises ModelError naming the path where there is none."""
+    config = with_base(config)
     path = _location(config.path)
     _refuse_unsafe_folder(path, config)
     try:
@@ -150,10 +162,10 @@ def choose_dtype(config: LoadingConfig, precision: Precision, trainable: bool) -
 
 
 def _quantization(config: LoadingConfig, saved: PreTrainedConfig, dtype: torch.dtype, trainable: bool) -> BitsAndBytesConfig | None:
-    method = saved.to_dict().get("quantization_config", {}).get("quant_method")
+    method = quantisation_of(saved)
     learns_beside = isinstance(config, ModelConfig) and (config.lora is not None or config.adapter is not None)
     if method is not None:
-        require_quantiser(str(method), config.path)
+        require_quantiser(method, config.path)
         if config.quantization is not None:
             raise ModelError(f"{config.path}: its weights are already quantised by {method}; leave out quantization: {config.quantization}")
         if trainable and not learns_beside:
@@ -182,6 +194,7 @@ def load_model(
     and a new adapter. `sharded`: the parameters are spread over the ranks of the initialised process group (FSDP2).
     Raises ModelError naming the path and the remedy.
     """
+    config = with_base(config)
     saved = read_model_config(config)
     dtype = choose_dtype(config, precision, trainable)
     arguments = {**_hub_arguments(config), "dtype": dtype}
@@ -195,7 +208,7 @@ def load_model(
         else:
             if quantization is not None:
                 arguments["quantization_config"] = quantization
-            quantised = quantization is not None or bool(saved.to_dict().get("quantization_config"))
+            quantised = quantization is not None or quantisation_of(saved) is not None
             model = _pretrained(config, arguments, torch.device(device), sharded, quantised)
         model.requires_grad_(False)
         return _made_trainable(config, model, trainable).eval()

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from potstill.batch import Batch
 from potstill.errors import ModelError
 from potstill.models.causal_lm import CausalLM
 
-# How far two ways through the same weights may lie apart, in units of the precision of the coarser dtype.
-_ROUNDINGS = 64
+# How far two ways through the same weights may lie apart, relative to the largest value, by the coarser dtype.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Logits of this size show a soft-cap that small logits would hide.
 _LOUD = 60.0
 
@@ -43,11 +44,27 @@ def _batch(tokens: Tensor, positions: Tensor, documents: Tensor) -> Batch:
     return Batch(tokens, positions, documents, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def _distance(got: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest value, in units of the coarser dtype's precision."""
-    precision = max(torch.finfo(t.dtype).eps for t in (got, expected))
+def relative_distance(got: Tensor, expected: Tensor) -> float:
+    """The largest difference as a part of the largest value; NaN stays NaN."""
     expected = expected.float()
-    return float((got.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30) / precision)
+    return float((got.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def typical_distance(got: Tensor, expected: Tensor) -> float:
+    """The root mean square of the difference as a part of that of the values; NaN stays NaN."""
+    return float((got.float() - expected.float()).square().mean().sqrt() / expected.float().square().mean().sqrt().clamp_min(1e-30))
+
+
+def _equal(got: Tensor, expected: Tensor) -> bool:
+    return relative_distance(got, expected) <= max(_ROUNDING[got.dtype], _ROUNDING[expected.dtype])
+
+
+def probe_logits(causal_lm: CausalLM) -> Float[Tensor, "8 V"]:
+    """The logits of the real tokens on a fixed sequence of eight, which a model and its export must share."""
+    tokens = _probe_tokens(causal_lm, 8)
+    with _quietly(causal_lm):
+        hidden = causal_lm.hidden(_batch(tokens, torch.arange(8, device=tokens.device)[None], torch.zeros_like(tokens)))
+        return causal_lm.head().logits(hidden[0])[:, : causal_lm.vocabulary_size]
 
 
 def prove_head(causal_lm: CausalLM) -> None:
@@ -75,12 +92,12 @@ def prove_head(causal_lm: CausalLM) -> None:
             theirs = causal_lm.inner(input_ids=tokens, use_cache=False).logits
         finally:
             handle.remove()
-        if not seen or seen[0].shape != hidden.shape or _distance(seen[0], hidden) > _ROUNDINGS:
+        if not seen or seen[0].shape != hidden.shape or not _equal(seen[0], hidden):
             raise ModelError(
                 f"{causal_lm.name}: {type(causal_lm.inner).__name__} does not give its head the states that its trunk returns; {_REFUSAL}"
             )
         ours = head.logits((hidden * factor)[0])[None]
-    if ours.shape != theirs.shape or _distance(ours, theirs) > _ROUNDINGS:
+    if ours.shape != theirs.shape or not _equal(ours, theirs):
         found = f"widths {ours.shape[-1]} and {theirs.shape[-1]}" if ours.shape != theirs.shape else (
             f"logits up to {float((ours.float() - theirs.float()).abs().max()):.3g} apart"
         )
@@ -111,7 +128,8 @@ def supports_packing(causal_lm: CausalLM) -> bool:
         beside_one, beside_another = packed(2), packed(3)
         alone = causal_lm.hidden(_batch(follower, positions[:1, first:], torch.zeros_like(follower)))
         # What stands before must not matter at all; alone may differ by rounding, since the kernels see other shapes.
-        return _distance(beside_another, beside_one) <= 1 and _distance(beside_one, alone.expand_as(beside_one)) <= 8 * _ROUNDINGS
+        untouched = relative_distance(beside_another, beside_one) <= torch.finfo(beside_one.dtype).eps
+        return untouched and _equal(beside_one, alone.expand_as(beside_one))
 
 
 def refuse_leaking_packing(causal_lm: CausalLM) -> None:

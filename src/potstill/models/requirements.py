@@ -2,9 +2,14 @@
 
 import importlib
 import importlib.util
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from potstill.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What transformers needs for a checkpoint that is saved in quantised form: quant_method -> (module, what to install).
 QUANTISED_NEEDS = {
@@ -60,6 +65,12 @@ def require_transformers() -> None:
         importlib.import_module("peft")
     except (ImportError, RuntimeError) as error:
         raise ModelError(broken_torchvision() or f"transformers or peft cannot be imported here: {error}") from error
+
+
+def quantisation_of(config: "PreTrainedConfig") -> str | None:
+    """How the weights of a model with this configuration are quantised ("bitsandbytes", "awq", ...), or None."""
+    method = (config.to_dict().get("quantization_config") or {}).get("quant_method")
+    return str(method.value if isinstance(method, Enum) else method) if method is not None else None
 
 
 def require_quantiser(method: str, path: str) -> None:

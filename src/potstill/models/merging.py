@@ -1,0 +1,85 @@
+"""The weights of a model as a plain model would hold them: adapters added in, quantised weights unpacked, shards put together.
+
+The live model is not touched, so that it can go on training; peft's own merge changes it in place, and packs a 4-bit weight again.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from potstill.errors import ModelError
+from potstill.models.heads import plain_weight, whole
+from potstill.models.requirements import quantisation_of
+
+_CANNOT = "it cannot be merged; export it with merge: false"
+# Ways of quantising that peft can undo, by the name in the model's configuration.
+_UNPACKED = frozenset({"bitsandbytes", "torchao", "hqq"})
+
+
+def merged_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool = True) -> dict[str, Tensor]:
+    """Every parameter and saved buffer under its plain name, floating ones as `dtype` on the CPU.
+
+    Where the parameters are sharded every rank must call this, and those with `keep=False` get an empty dict.
+    Raises ModelError for adapters and quantised layers that cannot be put into plain weights.
+    """
+    refuse_packed(model)
+    with torch.no_grad():
+        found: dict[str, Tensor] = {}
+        tied: dict[int, Tensor] = {}  # a weight of two layers stays one tensor, so that it is saved once
+        for name, part in _weights(model, ""):
+            tensor = whole(part)
+            if keep:
+                plain = tensor.detach().to(device="cpu", dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                found[name] = tied.setdefault(id(part), plain) if isinstance(part, nn.Parameter) else plain
+        return found
+
+
+def refuse_packed(model: PreTrainedModel) -> None:
+    """Raises ModelError where the model's quantisation cannot be undone."""
+    method = quantisation_of(model.config)
+    if method is not None and method not in _UNPACKED:
+        raise ModelError(f"{model.config.name_or_path}: its weights are quantised by {method}; {_CANNOT}")
+
+
+def _weights(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [name for name in module.active_adapters if name in module.modules_to_save and not module.disable_adapters]
+        yield from _weights(module.modules_to_save[active[0]] if active else module.original_module, path)
+    elif isinstance(module, BaseTunerLayer):
+        yield from _adapted(module, path)
+    elif type(module).__module__.startswith("bitsandbytes."):
+        yield path + "weight", plain_weight(module)
+        yield from ((path + name, parameter) for name, parameter in module.named_parameters(recurse=False) if name == "bias")
+    else:
+        yield from ((path + name, parameter) for name, parameter in module.named_parameters(recurse=False))
+        yield from ((path + name, b) for name, b in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set)
+        for name, child in module.named_children():
+            yield from _weights(child, f"{path}{name}.")
+
+
+def _adapted(layer: BaseTunerLayer, path: str) -> Iterator[tuple[str, Tensor]]:
+    """A LoRA layer's base weight with the active deltas added, in float32."""
+    base = layer.get_base_layer()
+    if not isinstance(layer, LoraLayer) or not _has_weight_alone(base):
+        raise ModelError(f"{path.rstrip('.')} carries a {type(layer).__name__} on a {type(base).__name__}; {_CANNOT}")
+    for name, tensor in _weights(base, path):
+        if name == path + "weight" and not layer.disable_adapters and not layer.merged:
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+                    tensor = whole(tensor).float() + _delta(layer, adapter, path).float()
+        yield name, tensor
+
+
+def _has_weight_alone(base: nn.Module) -> bool:
+    return {name for name, _ in base.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+
+def _delta(layer, adapter: str, path: str) -> Tensor:
+    if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
+        raise ModelError(f"{path.rstrip('.')} carries a variant of LoRA (DoRA, a bias, ...); {_CANNOT}")
+    return whole(layer.get_delta_weight(adapter))
