@@ -125,7 +125,8 @@ def _writes(tree: ast.AST) -> Iterator[str]:
         modes = [argument.value for argument in [*node.args[:2], *(k.value for k in node.keywords if k.arg == "mode")]
                  if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]  # fmt: skip
         flags = {_dotted(part) for argument in node.args for part in ast.walk(argument)} if name == "os.open" else set()
-        if (flags & WRITING_FLAGS and "os.devnull" not in flags) or name in WRITING_CALLS or (method in WRITING_METHODS and receiver not in WRITERS):
+        opens_to_write = flags & WRITING_FLAGS and "os.devnull" not in flags
+        if opens_to_write or name in WRITING_CALLS or (method in WRITING_METHODS and receiver not in WRITERS):
             yield f"line {node.lineno}: {name}()"
         elif (name == "open" or method == "open") and any(re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes):
             yield f"line {node.lineno}: {name}(..., {modes[-1]!r})"
