@@ -31,7 +31,7 @@ def check_columns_mapping(format: str, columns: dict[str, str | None]) -> None:
     known = REQUIRED_COLUMNS[format] + OPTIONAL_COLUMNS[format]
     for ours, theirs in columns.items():
         if ours not in known:
-            raise ValueError(f"columns: the format {format} reads {', '.join(known)}; it has no {ours!r} (ours stands left, yours right)")
+            raise ValueError(f"columns: the format {format} reads {', '.join(known)}, no {ours!r} (our name stands left, yours right)")
         if theirs is None and ours not in ABSENT_COLUMNS:
             raise ValueError(f"columns: {ours!r} cannot be null; only {', '.join(ABSENT_COLUMNS)} may be absent")
 
@@ -64,10 +64,10 @@ class DataConfig(Config):
 
     train: str | Annotated[list[MixtureItem], Field(min_length=1)]
     """A hub name, a local .jsonl, .jsonl.gz, .json, .parquet, .csv, .txt or .txt.gz, or a mixture of these."""
-    validation: float | str | None = None
-    """A fraction of the training rows to hold out, or another hub name or file; nothing where null."""
+    validation: float | str | MixtureItem | None = None
+    """A fraction of the training rows to hold out, or another hub name or file (or both with its split); nothing where null."""
     format: Format = "instruct"
-    columns: dict[str, str | None] = {}
+    columns: dict[str, str | None] = Field(default={})
     """Our column's name -> the name in your files. `{input: null}` says that there is no such column."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """The longest sequence; with packing, the length of a packed row."""
@@ -77,7 +77,7 @@ class DataConfig(Config):
     """Several documents in one row; positions restart at each, and models attend within a document alone."""
     chat_template: str | None = None
     """A named default (chatml, alpaca, plain) or a .jinja file, for a tokenizer without a template or in place of its own."""
-    template_variables: dict[str, str | bool | int] = {}
+    template_variables: dict[str, str | bool | int] = Field(default={})
     """Passed to the chat template, for instance `{date_string: "26 Jul 2024"}` or `{enable_thinking: false}`."""
     instruct_prompt: Literal["plain", "alpaca"] = "plain"
     """How instruction and input become a user turn: joined by an empty line, or in the wording of Stanford Alpaca."""
@@ -93,9 +93,9 @@ class DataConfig(Config):
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise ValueError(f"validation: {self.validation} is no fraction between 0 and 1; give one, a file, or null")
         items = [] if isinstance(self.train, str) else self.train
-        if not items or any(item.format is None and item.columns is None for item in items):
-            check_columns_mapping(self.format, self.columns)
-        for item in items:
+        if isinstance(self.validation, MixtureItem) and self.validation.weight is not None:
+            raise ValueError("validation: is one source, so a weight has no meaning there; remove it")
+        for item in self.sources + ([self.held_out] if self.held_out else []):
             check_columns_mapping(item.format or self.format, self.columns if item.columns is None else item.columns)
         weighted = [item.weight is not None for item in items]
         if any(weighted) and not all(weighted):
@@ -108,6 +108,13 @@ class DataConfig(Config):
     def sources(self) -> list[MixtureItem]:
         """The training sources, one or several."""
         return [MixtureItem(path=self.train)] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def held_out(self) -> MixtureItem | None:
+        """The validation source, where validation is one and no fraction."""
+        if isinstance(self.validation, str):
+            return MixtureItem(path=self.validation)
+        return self.validation if isinstance(self.validation, MixtureItem) else None
 
     @property
     def bad_lines_allowed(self) -> int:

@@ -9,7 +9,7 @@ literals get the same ids from either; that is checked when the copy is made.
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -21,6 +21,9 @@ from potstill.errors import ModelError
 _PROBES = ("", "Hello world", " two  spaces\n\nand 123 lines\n", "Ünïcödé 漢字 🙂", "{0}", "{0}{0}a {0} b\n{0}\nuser", "a{0}")
 
 
+Names = dict[str, int]  # a special token as it stands in the texts -> its id
+
+
 class NestFault(RowFault):
     """Tokens of a part are not the first tokens of the whole."""
 
@@ -28,14 +31,12 @@ class NestFault(RowFault):
 class Encoder:
     """Encodes rendered texts whose special tokens stand under the names of `pattern`."""
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], offsets: Callable[[str], list[tuple[int, int]]], names: dict[str, int]):
-        """`encode`: texts -> ids, nothing added; `offsets`: text -> the characters of each token; `names`: special token -> its id."""
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], offsets: Callable[[str], list[tuple[int, int]]], names: Names):
+        """`encode`: texts -> ids, nothing added; `offsets`: text -> the characters of each token."""
         self._encode = encode
         self._offsets = offsets
         self.special_ids = frozenset(names.values())
-        # Longest first, as the tokenizers' own matcher does.
-        longest_first = sorted(names, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first))) if names else re.compile(r"(?!)")
+        self.pattern = _any_of(names)
         self._short: dict[str, list[int]] = {}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -90,8 +91,16 @@ class Encoder:
 def _differing(text: str, start: int, place: int, part: list[int], whole: list[int]) -> str:
     first = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
     a, b = (str(ids[first]) if first < len(ids) else "nothing" for ids in (part, whole))
-    return (f"the tokens of a prompt are not the first tokens of prompt and answer: the prompt that ends in {text[max(start, place - 20):place]!r} "
-            f"has id {a} where the whole, which goes on with {text[place:place + 20]!r}, has id {b} (token {first + 1} of the part)")
+    return (
+        f"the tokens up to {text[max(start, place - 20):place]!r} are not the first tokens of the whole, which goes on with "
+        f"{text[place:place + 20]!r}: token {first + 1} there is {a}, in the whole it is {b}. "
+        "Let no white space stand where prompt and answer meet, or use a template with {% generation %} marks"
+    )
+
+
+def _any_of(literals: Iterable[str]) -> re.Pattern[str]:
+    """Longest first, as the tokenizers' own matcher does."""
+    return re.compile("|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True)) or r"(?!)")
 
 
 class Encoders:
@@ -105,19 +114,19 @@ class Encoders:
         nonce = secrets.token_hex(8)
         self._names = {literal: f"\U0010fffd{nonce}{number}\U0010fffd" for number, literal in enumerate(self._special)}
         self._swap = {**self._names, **{name: literal for literal, name in self._names.items()}}
-        self._either = re.compile("|".join(map(re.escape, sorted(self._swap, key=len, reverse=True)))) if self._swap else re.compile(r"(?!)")
+        self._either = _any_of(self._swap)
 
     def _encode_ordinary(self, texts: list[str]) -> list[list[int]]:
         encoded: Any = self._tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, return_token_type_ids=False,
-            verbose=False,
+            split_special_tokens=False, verbose=False,
         )
         return encoded["input_ids"]
 
     def _offsets_ordinary(self, text: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:
-            raise RowFault("a token straddles the beginning or the end of an answer, and this tokenizer has no fast version that says where")
-        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            raise RowFault("a token straddles an end of an answer, and this tokenizer has no fast version that says where")
+        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False, verbose=False)
         return encoded["offset_mapping"]
 
     def holds_literal(self, value: Any) -> bool:
@@ -158,9 +167,9 @@ class Encoders:
 
     def _make_hidden(self) -> Encoder:
         if not self._tokenizer.is_fast:
-            raise ModelError("the data hold the literal text of a special token, and this tokenizer has no fast version (tokenizer.json) that "
-                             "could keep it text; remove these rows or convert the tokenizer")
-        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+            raise ModelError("the data hold the literal text of a special token, and this tokenizer has no fast version "
+                             "(tokenizer.json) that could keep it text; remove these rows or convert the tokenizer")
+        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore[reportAssignmentType]
         renamed = Tokenizer.from_str(json.dumps(rename_special(json.loads(backend.to_str()), self._names)))
         renamed.no_padding()
         renamed.no_truncation()
@@ -172,8 +181,8 @@ class Encoders:
         for literal in self._special:
             texts = [probe.format(literal) for probe in _PROBES]
             if encoder.encode([self.exchange(text, [])[0] for text in texts]) != self.ordinary.encode(texts):
-                raise ModelError(f"the data hold the literal text of a special token, and this tokenizer cannot keep it apart from the token {literal}; "
-                                 "remove these rows (data.on_bad_line), or use another tokenizer")
+                raise ModelError(f"the data hold the literal text of a special token, and a copy of this tokenizer that keeps such text "
+                                 f"apart differs on {literal}; remove these rows, or use another tokenizer")
         return encoder
 
 

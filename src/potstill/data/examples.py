@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import overload
 
 import numpy as np
 import xxhash
@@ -25,6 +26,8 @@ class DataCounts:
     truncated: int = 0
     rejected: int = 0
     """Bad lines that on_bad_line let pass."""
+    unended: int = 0
+    """Used answers whose last target is no end-of-turn token, so that the student would not learn to stop there; cut ones not counted."""
     tokens: int = 0
     target_tokens: int = 0
     longest: int = 0
@@ -49,7 +52,13 @@ class ExampleSet(Sequence[Example]):
     def _part(self, index: int) -> slice:
         return slice(int(self._offsets[index]), int(self._offsets[index + 1]))
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ExampleSet": ...
+
+    def __getitem__(self, index: int | slice) -> "Example | ExampleSet":
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         if not -len(self) <= index < len(self):

@@ -14,7 +14,8 @@ from potstill.errors import DataError
 # The wording of Stanford Alpaca (Taori et al. 2023), with and without an input.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
@@ -72,7 +73,8 @@ def check_columns(rows: list[Row], reading: Reading, path: str, rejects: Rejects
             raise DataError(_missing(column, sorted(present), reading, path))
     for ours, theirs in reading.columns.items():
         if theirs is not None and theirs not in present:
-            raise DataError(f"{path}: no column {theirs!r}, which data.columns gives for {ours!r}; the columns are {', '.join(sorted(present))}")
+            raise DataError(f"{path}: no column {theirs!r}, which data.columns gives for {ours!r}; "
+                            f"the columns are {', '.join(sorted(present))}")
     good = []
     for row in rows:
         lacking = [column for column in reading.required if column not in row.values]
@@ -129,7 +131,8 @@ def _instruct_messages(row: Row, reading: Reading) -> list[dict[str, Any]]:
     instruction = _text(row, reading, "instruction")
     given = _text(row, reading, "input", null=True)
     if reading.instruct_prompt == "alpaca":
-        prompt = ALPACA_WITH_INPUT.format(instruction=instruction, input=given) if given else ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+        wording = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+        prompt = wording.format(instruction=instruction, input=given)
     else:
         prompt = f"{instruction}\n\n{given}" if given else instruction
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, reading, "output", null=True)}]

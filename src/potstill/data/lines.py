@@ -82,7 +82,8 @@ def numbered_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
                 if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                         pass
-                    rejects.refuse(f"{path}:{number}", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB", line[:_SHOWN].decode(errors="replace"))
+                    beginning = line[:_SHOWN].decode(errors="replace")
+                    rejects.refuse(f"{path}:{number}", f"the line is longer than {MAX_LINE_BYTES} bytes", beginning)
                     continue
                 if number == 1:
                     line = line.removeprefix(_BOM)
@@ -92,7 +93,8 @@ def numbered_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the gzip stream is damaged or cut short after line {number} ({error}); fetch or write the file again") from error
+        raise DataError(f"{path}: the gzip stream is damaged or cut short after line {number} ({error}); "
+                        "fetch or write the file again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 

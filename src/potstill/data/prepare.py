@@ -5,10 +5,12 @@ The one place where the room's parts meet. It knows no model and no training.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from potstill import storage
@@ -60,9 +62,9 @@ def prepare(
     sources = read_training_sources(config, preparation.rejects, seed)
     sources = [(item, preparation.checked(item, rows)) for item, rows in sources]
     held_out = None
-    if isinstance(config.validation, str):
-        item = MixtureItem(path=config.validation)
-        held_out = (item, preparation.checked(item, read_source(item, preparation.validation_rejects, config.text_rows), validation=True))
+    if config.held_out is not None:
+        rows = read_source(config.held_out, preparation.validation_rejects, config.text_rows)
+        held_out = (config.held_out, preparation.checked(config.held_out, rows, validation=True))
     preparation.write_rejects(rejects_file)
     train, counts = preparation.examples(sources, "data.train", preparation.rejects)
     validation, validation_counts, shared = None, None, 0
@@ -82,7 +84,8 @@ def split(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet,
     for index in range(len(examples)):
         groups.setdefault(examples.digest(index), []).append(index)
     if len(groups) < 2:
-        raise DataError(f"data.validation: {fraction} cannot be held out of {len(examples)} rows of which {len(groups)} differ; give a validation file or null")
+        raise DataError(f"data.validation: {fraction} cannot be held out of {len(examples)} usable rows of which {len(groups)} differ; "
+                        "give more rows, a validation file, or null")
     wanted = max(1, round(fraction * len(examples)))
     members = list(groups.values())
     held: list[int] = []
@@ -99,14 +102,17 @@ def split(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet,
 class _Preparation:
     """What reading and rendering of all sources share."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_of_text: Sequence[int], progress: bool | None, strict: bool):
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_of_text: Sequence[int], progress: bool | None, strict: bool
+    ):
         self.config, self.tokenizer, self.strict = config, tokenizer, strict
-        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.progress = progress
         self.rejects = Rejects(config.bad_lines_allowed)
         self.validation_rejects = Rejects(config.bad_lines_allowed)
         self.problems: list[str] = []
         self._written = 0
-        if any((item.format or config.format) in ("instruct", "chat") for item in config.sources):
+        every = [*config.sources, *([config.held_out] if config.held_out else [])]
+        if any((item.format or config.format) in ("instruct", "chat") for item in every):
             settle_template(tokenizer, config.chat_template)
         self.renderer = Renderer(tokenizer, end_of_text=end_of_text, template_variables=config.template_variables)
         self.bytes_of = token_bytes(tokenizer)
@@ -137,16 +143,21 @@ class _Preparation:
             self._add(row, rendered, builder, tally)
         examples = builder.build()
         counts = DataCounts(
-            rows=sum(len(rows) for _, rows in sources) + sum(1 for _ in rejects.items) - tally.rejected_late, used=len(examples), empty=tally.empty,
-            unfinished=tally.unfinished, too_long=len(tally.too_long), dropped=tally.dropped, truncated=tally.truncated, rejected=len(rejects.items),
-            tokens=examples.num_tokens, target_tokens=examples.num_targets, longest=tally.longest,
+            # Rows that were refused while reading are no rows any more; those refused while rendering still are.
+            rows=sum(len(rows) for _, rows in sources) + len(rejects.items) - tally.rejected_late,
+            used=len(examples), empty=tally.empty, unfinished=tally.unfinished, too_long=len(tally.too_long), dropped=tally.dropped,
+            truncated=tally.truncated, rejected=len(rejects.items), unended=tally.unended, tokens=examples.num_tokens,
+            target_tokens=examples.num_targets, longest=tally.longest,
         )
         self._check(key, counts, tally)
-        return examples, replace(counts)
+        return examples, counts
 
     def _rendered(self, sources: list[tuple[MixtureItem, list[Row]]], tally: "_Tally", rejects: Rejects) -> Iterator[tuple[Row, Rendered]]:
         total = sum(len(rows) for _, rows in sources)
-        with _Bar(total, self.progress) as bar:
+        # A bar that appears and is gone at once would be noise, unless it was asked for.
+        hidden = not (self.progress if self.progress is not None else sys.stderr.isatty() and total >= _WORTH_A_BAR)
+        with Progress(console=Console(stderr=True), disable=hidden) as bar:
+            task = bar.add_task("Preparing rows", total=total)
             for item, rows in sources:
                 reading = self.reading(item)
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -164,7 +175,7 @@ class _Preparation:
                             tally.empty += 1
                         else:
                             yield row, result
-                    bar.advance(len(chunk))
+                    bar.advance(task, len(chunk))
 
     def _add(self, row: Row, rendered: Rendered, builder: ExampleSetBuilder, tally: "_Tally") -> None:
         tokens, spans, limit = rendered.tokens, rendered.spans, self.config.max_tokens
@@ -179,6 +190,8 @@ class _Preparation:
                 tally.empty += 1
                 return
             tally.truncated += 1
+        elif tokens[spans[-1][1] - 1] not in self.renderer.ending_ids:
+            tally.unended += 1
         builder.add(tokens, spans, row.source, row.number)
 
     def _cut(self, tokens: list[int], spans: list[tuple[int, int]], limit: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -196,19 +209,24 @@ class _Preparation:
     def _check(self, key: str, counts: DataCounts, tally: "_Tally") -> None:
         if tally.too_long and self.config.too_long == "error":
             length, origin = max(tally.too_long)
-            self.refuse(f"{key}: {len(tally.too_long)} of {counts.rows} rows have more than data.max_tokens = {self.config.max_tokens} tokens, the longest "
-                        f"{length} ({origin}). Raise data.max_tokens, or set data.too_long: drop, truncate_left or truncate_right")
+            self.refuse(
+                f"{key}: {len(tally.too_long)} of {counts.rows} rows have more than data.max_tokens = {self.config.max_tokens} tokens, "
+                f"the longest {length} ({origin}). Raise data.max_tokens, or set data.too_long: drop, truncate_left or truncate_right"
+            )
         elif counts.used == 0:
             what = {"empty": counts.empty, "unfinished": counts.unfinished, "too long": counts.dropped, "rejected": counts.rejected}
             why = ", ".join(f"{number} {name}" for name, number in what.items() if number)
-            self.refuse(f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers: look at data.format = {self.config.format}, "
-                        "data.columns and data.max_tokens")
+            self.refuse(
+                f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers: look at data.format = "
+                f"{self.config.format}, data.columns and data.max_tokens"
+            )
 
 
 @dataclass
 class _Tally:
     empty: int = 0
     unfinished: int = 0
+    unended: int = 0
     dropped: int = 0
     truncated: int = 0
     longest: int = 0
@@ -216,57 +234,8 @@ class _Tally:
     too_long: list[tuple[int, str]] = field(default_factory=list)
 
 
-class _Bar:
-    """A bar on stderr over long work, or nothing."""
-
-    def __init__(self, total: int, shown: bool):
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._progress = Progress(console=console, disable=not shown or (total < _WORTH_A_BAR and console.is_terminal))
-        self._task = self._progress.add_task("Preparing rows", total=total)
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._progress.stop()
-
-    def advance(self, rows: int) -> None:
-        self._progress.advance(self._task, rows)
-
-
 def _read(row: Row, reading: Reading) -> Item | RowFault:
     try:
         return read_item(row, reading)
     except RowFault as fault:
         return fault
-
-
-@dataclass(frozen=True)
-class Preview:
-    """One rendered example for the eyes: pieces of text with their mark, in order. Control characters are escaped."""
-
-    origin: str
-    pieces: list[tuple[str, bool]]
-    num_tokens: int
-    num_targets: int
-
-
-def preview(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> Preview:
-    """The example at `index`, its runs of target and other tokens decoded apart."""
-    example = examples[index]
-    pieces: list[tuple[str, bool]] = []
-    start = 0
-    for position in range(1, len(example.tokens) + 1):
-        if position == len(example.tokens) or example.is_target[position] != example.is_target[start]:
-            pieces.append((printable(str(tokenizer.decode(example.tokens[start:position]))), example.is_target[start]))
-            start = position
-    return Preview(example.origin, pieces, len(example.tokens), example.num_targets)
-
-
-def printable(text: str) -> str:
-    """The text with every character that could command a terminal escaped; line ends and tabs stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)

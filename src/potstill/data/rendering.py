@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from potstill.data.encoding import Encoder, Encoders
 from potstill.data.formats import Conversation, Item, PromptCompletion
 from potstill.data.lines import RowFault
-from potstill.data.templates import adds_bos
+from potstill.data.templates import adds_bos, single_id
 from potstill.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -47,15 +47,17 @@ class _Drawn:
 class Renderer:
     """Renders items with one tokenizer and its chat template. Raises RowFault for a row, DataError for the template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_of_text: Sequence[int] = (), template_variables: dict[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, end_of_text: Sequence[int] = (), template_variables: dict[str, Any] | None = None
+    ):
         """`end_of_text`: further ids at which the model stops; the first ends a text where the tokenizer has no EOS."""
         self._tokenizer = tokenizer
         self._encoders = Encoders(tokenizer)
         self._variables = {**_FIXED_DATE, **tokenizer.special_tokens_map, **(template_variables or {})}
-        self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(end_of_text), None)
-        self._eos = [] if eos is None else [eos]
+        self._bos = single_id(tokenizer.bos_token_id) if adds_bos(tokenizer) else []
+        self._eos = single_id(tokenizer.eos_token_id) or list(end_of_text[:1])
         self._header_checked = False
+        self.ending_ids = self._encoders.ordinary.special_ids | {*self._eos, *end_of_text}
 
     def render(self, items: Sequence[Item]) -> list[Rendered | RowFault]:
         """One result an item, in their order: its tokens, or why it has none."""
@@ -91,8 +93,10 @@ class Renderer:
         return _Drawn(whole, spans, hidden, raw=True)
 
     def _draw_conversation(self, item: Conversation) -> _Drawn:
-        hidden = self._encoders.holds_literal(item.messages) or self._encoders.holds_literal(item.tools)
-        messages, tools = (self._encoders.disguise(item.messages), self._encoders.disguise(item.tools)) if hidden else (item.messages, item.tools)
+        messages, tools = item.messages, item.tools
+        hidden = self._encoders.holds_literal(messages) or self._encoders.holds_literal(tools)
+        if hidden:
+            messages, tools = self._encoders.disguise(messages), self._encoders.disguise(tools)
         template = self._tokenizer.get_chat_template(None, tools)
         marked = _GENERATION.search(template) is not None
         if marked:
@@ -115,12 +119,13 @@ class Renderer:
     def _apply(self, template: str, messages: list, tools: list | None, *, mask: bool = False, prompt: bool = False) -> tuple[str, list]:
         try:
             texts, spans = render_jinja_template(
-                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=mask, add_generation_prompt=prompt, **self._variables
+                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=mask,
+                add_generation_prompt=prompt, **self._variables,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(str(message["role"]) for message in messages) or "no message"
             raise RowFault(f"the chat template refuses the messages ({roles}): {error}") from None
-        return texts[0], spans[0] if mask else []
+        return texts[0], list(spans[0]) if mask else []
 
     def _nested(self, template: str, messages: list, tools: list | None) -> tuple[str, list[tuple[int, int]]]:
         """Character spans from prefixes: from the prompt before an answer to the end of the rendering that ends with it."""
@@ -147,8 +152,10 @@ class Renderer:
             return
         header = through[len(before) : found]
         if header.strip() and before == self._apply(template, messages, tools)[0]:
-            raise DataError(f"the chat template writes {header!r} before an answer but not as its generation prompt, so that the student would be "
-                            "trained to write it; use a template with {% generation %} marks or one that obeys add_generation_prompt")
+            raise DataError(
+                f"the chat template writes {header!r} before an answer but not as its generation prompt, so that the student would be "
+                "trained to write it; use a template with {% generation %} marks or one that obeys add_generation_prompt"
+            )
         self._header_checked = True
 
     # ---- tokens and token spans
@@ -187,5 +194,8 @@ def _trim(text: str, span: tuple[int, int], encoder: Encoder, marked: bool) -> t
 
 def _not_nested(part: str, whole: str, what: str) -> str:
     first = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
-    return (f"the chat template does not nest: the {what} is rendered differently within the whole; at character {first} it has "
-            f"{part[first:first + 30]!r}, the whole has {whole[first:first + 30]!r}. Use a template with {{% generation %}} marks (data.chat_template)")
+    return (
+        f"the chat template does not nest: the {what} is rendered differently within the whole; at character {first} it has "
+        f"{part[first:first + 30]!r}, the whole has {whole[first:first + 30]!r}. "
+        "Use a template with {% generation %} marks (data.chat_template)"
+    )

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from potstill.data.config import DataConfig, MixtureItem
-from potstill.data.lines import MAX_LINE_BYTES, Rejects, Row, RowFault, check_row, decode_line, numbered_lines, open_bytes, parse_json, parse_json_line
+from potstill.data.lines import (
+    MAX_LINE_BYTES,
+    Rejects,
+    Row,
+    RowFault,
+    check_row,
+    decode_line,
+    numbered_lines,
+    open_bytes,
+    parse_json,
+    parse_json_line,
+)
 from potstill.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".txt", ".txt.gz")
@@ -31,7 +42,7 @@ def read_source(item: MixtureItem, rejects: Rejects, text_rows: str = "line") ->
     else:
         rows = list(_read_hub(item))
     if not rows:
-        raise DataError(f"{item.path}: holds no usable row ({len(rejects.items)} bad ones so far)" if rejects.items else f"{item.path}: holds no row")
+        raise DataError(f"{item.path}: holds no usable row" + (f" ({len(rejects.items)} bad ones)" if rejects.items else ""))
     return rows
 
 
@@ -143,8 +154,9 @@ def _read_hub(item: MixtureItem) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(item.path, name=item.subset, split=item.split)
     except (OSError, ValueError, DatasetsError) as error:
+        first = (str(error).splitlines() or [""])[0]
         raise DataError(f"{item.path}: neither a file here nor a data set that can be loaded from the hub "
-                        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Check the name, the split and the network") from error
+                        f"({type(error).__name__}: {first}). Check the name, the split and the network") from error
     assert isinstance(data, datasets.Dataset)  # a split was named
     for number, values in enumerate(data, start=1):
         yield Row(dict(values), item.path, number)

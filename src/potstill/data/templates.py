@@ -26,7 +26,8 @@ TEMPLATES: dict[str, str] = {
         "{%- if loop.first -%}{{- '" + _ALPACA_PREAMBLE + "\\n\\n' -}}{%- endif -%}"
         "{{- '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' -}}"
         "{%- elif message['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
+        "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+        "{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
         "{%- else -%}{{- raise_exception('the alpaca template knows system, user and assistant, not ' + message['role']) -}}"
         "{%- endif -%}{%- endfor -%}"
     ),
@@ -40,9 +41,15 @@ TEMPLATES: dict[str, str] = {
 _NEEDED = {"chatml": ("<|im_start|>", "<|im_end|>"), "alpaca": (), "plain": ()}
 
 
+def single_id(token_id: object) -> list[int]:
+    """[id], or [] where the tokenizer has no such token."""
+    return [token_id] if isinstance(token_id, int) else []
+
+
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself begins a text with its BOS."""
-    return tokenizer.bos_token_id is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = single_id(tokenizer.bos_token_id)
+    return bool(bos) and list(tokenizer("a", verbose=False)["input_ids"])[:1] == bos
 
 
 def named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -55,8 +62,8 @@ def named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name not in TEMPLATES:
         raise ConfigError(f"data.chat_template: no template is called {name!r}; there are {', '.join(TEMPLATES)}, or a .jinja file")
     if name != "chatml" and tokenizer.eos_token is None:
-        raise ConfigError(f"data.chat_template: {name} ends an answer with the tokenizer's EOS, and this tokenizer has none; set its eos_token")
-    known = tokenizer.get_added_vocab()
+        raise ConfigError(f"data.chat_template: {name} ends an answer with the tokenizer's EOS, and this tokenizer has none")
+    known = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
     missing = [token for token in _NEEDED[name] if token not in known]
     if missing:
         raise ConfigError(f"data.chat_template: {name} needs the special tokens {' and '.join(missing)}, which this tokenizer lacks; "
