@@ -16,9 +16,10 @@ Split = Literal["train", "transfer", "validation", "test"]
 Row = dict[str, str]
 
 ANSWER = "Answer:"
-WORDS = (
-    "ant bell boat book cake coat corn crab desk drum fish flag fork goat hand horn kite lamp leaf milk nest ring ship star"
-).split()
+WORDS = [
+    "ant", "bell", "boat", "book", "cake", "coat", "corn", "crab", "desk", "drum", "fish", "flag",
+    "fork", "goat", "hand", "horn", "kite", "lamp", "leaf", "milk", "nest", "ring", "ship", "star",
+]  # fmt: skip
 LETTERS = "abcdefgh"
 
 # Shares of all problems, in hundredths.
