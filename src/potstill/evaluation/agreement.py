@@ -95,7 +95,7 @@ def _measure_batch(
         teacher_log_probs = None
         if teacher_rows is not None and teacher_head is not None:
             teacher_log_probs = log_probs(teacher_head, teacher_rows[part], vocabulary_size).to(student_log_probs.device)
-        measured = _measure_rows(student_log_probs, teacher_log_probs, targets[part])
+        measured = measure_rows(student_log_probs, teacher_log_probs, targets[part])
         # Float64 stays on the processor: some accelerators have none.
         sums.index_add_(0, owner[part].cpu(), measured.cpu().double())
     if bytes_of is not None:
@@ -108,7 +108,7 @@ def log_probs(head: Head, rows: Tensor, vocabulary_size: int) -> Tensor:
     return torch.log_softmax(head.logits(rows)[:, :vocabulary_size].float(), dim=-1)
 
 
-def _measure_rows(student_log_probs: Tensor, teacher_log_probs: Tensor | None, targets: Tensor) -> Tensor:
+def measure_rows(student_log_probs: Tensor, teacher_log_probs: Tensor | None, targets: Tensor) -> Tensor:
     """The columns of `metrics` for each row, [n, NUM_COLUMNS]."""
     measured = student_log_probs.new_zeros(targets.shape[0], NUM_COLUMNS)
 

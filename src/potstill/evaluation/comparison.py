@@ -16,8 +16,6 @@ from potstill.evaluation.statistics import (
     jackknife,
     ratio,
     spread,
-    student_t_p_value,
-    student_t_quantile,
 )
 
 _WEIGHTS_AT_ONCE = 4_000_000
@@ -64,16 +62,15 @@ def compare(statistic: Statistic, first: np.ndarray, second: np.ndarray, *, unit
     error = joined.standard_error
     if error is None or not np.isfinite(joined.value):
         raise ValueError("the difference is not a finite number: an item holds every unit that is counted, or none holds any")
-    difference = Estimate(joined.value, error, num_items * num_seeds, unit, max(int(joined.degrees), 1) + 1)
-    smallest = (joined.quantile + student_t_quantile(POWER, joined.degrees)) * error
+    difference = Estimate(joined.value, error, num_items * num_seeds, unit, num_items, joined.critical)
+    smallest = (joined.critical + joined.quantile(POWER)) * error
     if num_seeds == 1:
         low, high, p_value = _bootstrap(statistic, first[0], second[0], draws, seed)
         return Comparison(difference, low, high, p_value, smallest, f"paired bootstrap over {num_items} items, {draws} draws")
-    half = joined.quantile * error
-    p_value = student_t_p_value(joined.value / error, joined.degrees) if error > 0 else float(joined.value == 0)
+    half = joined.critical * error
     return Comparison(
-        difference, joined.value - half, joined.value + half, p_value, smallest,
-        f"Student's t over {num_items} items and {num_seeds} seeds, {joined.degrees:.1f} effective degrees of freedom",
+        difference, joined.value - half, joined.value + half, joined.p_value, smallest,
+        f"Student's t over {num_items} items and {num_seeds} seeds, each with its own degrees of freedom",
     )  # fmt: skip
 
 

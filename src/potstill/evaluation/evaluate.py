@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from potstill import storage
 from potstill.batch import Batch, Example
-from potstill.data.collation import collate, padding_id
+from potstill.data.collation import collate
 from potstill.data.prepare import PreparedData, prepare
 from potstill.errors import ConfigError, UsageError
 from potstill.evaluation.agreement import measure_documents
@@ -106,9 +106,8 @@ def _where(config: EvaluationConfig) -> tuple[str, Precision]:
 def _batches(prepared: _Prepared, batch_size: int) -> Iterator[Batch]:
     """Sequences of like length together, the longest first: little padding, and what does not fit in memory fails at once."""
     ordered = sorted(prepared.windows, key=lambda example: -len(example.tokens))
-    pad_token = padding_id(prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id)
     for start in range(0, len(ordered), batch_size):
-        yield collate([[example] for example in ordered[start : start + batch_size]], pad_token=pad_token)
+        yield collate([[example] for example in ordered[start : start + batch_size]], pad_token=0)
 
 
 def _measure(
