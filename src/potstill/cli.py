@@ -21,10 +21,10 @@ recipes_app = typer.Typer(help="Lists the recipes of the library; `show NAME` pr
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe of the library.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe set here, as in training.steps=20.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set here, as in training.steps=20.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left in the run folder and start over.")]
 OverrideResume = Annotated[
-    list[str] | None, typer.Option("--override-resume", metavar="KEY", help="Resume although this key of the recipe changed; may be repeated.")
+    list[str] | None, typer.Option("--override-resume", metavar="KEY", help="Resume although this key changed; may be repeated.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
@@ -98,6 +98,57 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The name of a recipe o
     sys.stdout.write(find_text(name)[0])
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, a name on the hub, or a run folder (its student).", show_default=False)],
+    data: Annotated[str, typer.Option(help="A file or a hub name, as data.train in a recipe.", show_default=False)],
+    format: Annotated[str, typer.Option(help="instruct, chat, prompt_completion or text.")] = "instruct",
+    teacher: Annotated[str | None, typer.Option(help="A model to compare with: folder, hub name or run folder.")] = None,
+    output: Annotated[str | None, typer.Option(help="Where to write the record, a .json file; a run folder keeps its own.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="More, as in data.max_tokens=512.")] = None,
+) -> None:
+    """Perplexity, bits per byte and calibration of a model; with a teacher also agreement, divergences and acceptance rate."""
+    from potstill.recipes.request import evaluation_request
+
+    config, output = evaluation_request(model, data, format, teacher, output, settings or ())
+    _quiet_libraries()
+    from potstill.evaluation.evaluate import evaluate as measure
+    from potstill.reporting.terminal import print_evaluation
+
+    print_evaluation(measure(config, output=output).to_json())
+    if output is not None:
+        sys.stdout.write(_safe(f"written to {output}\n"))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold run folders.", show_default=False)],
+    output: Annotated[str | None, typer.Option(help="Where to write the page; by default report.html in the first folder.")] = None,
+) -> None:
+    """Writes one HTML page about runs: results with their uncertainty, loss curves, recipes, surroundings."""
+    from potstill.reporting.page import write_report
+
+    sys.stdout.write(_safe(f"written to {write_report(runs, output)}\n"))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A finished run folder.", show_default=False)],
+    output: Annotated[str, typer.Option(help="The folder to write: it gets student/ and adapter/.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge/--no-merge", help="Put the adapter into the weights, or keep it apart.")] = True,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as trained.")] = None,
+) -> None:
+    """Writes the student of a run once more: its adapter merged into the weights or apart, in the dtype that you want."""
+    from potstill.recipes.request import export_request
+
+    config = export_request(run, dtype)
+    _quiet_libraries()
+    from potstill.recipes.exporting import export_run
+
+    for folder in export_run(config, Path(output), merge=merge):
+        sys.stdout.write(_safe(f"written to {folder}\n"))
+
+
 # ---------------------------------------------------------------- what every command shares
 
 
@@ -123,6 +174,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _first_rank() -> bool:

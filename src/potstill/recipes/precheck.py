@@ -53,13 +53,15 @@ def check_data(config: DataConfig) -> None:
     """Reads small local files once, so that a malformed line or a missing column is said at once. Raises DataError."""
     from potstill.data.formats import Reading, check_columns
     from potstill.data.lines import Rejects
-    from potstill.data.sources import read_source
+    from potstill.data.sources import SUFFIXES, read_source
 
     rejects = Rejects(config.bad_lines_allowed)
     for item in _sources(config):
         path = Path(item.path).expanduser()
-        if path.is_file() and path.stat().st_size > _READ_TWICE_BYTES or not path.exists() and not is_local(item.path) and "." not in path.name:
+        if path.is_file() and path.stat().st_size > _READ_TWICE_BYTES:
             continue
+        if not path.exists() and not is_local(item.path) and not item.path.endswith(SUFFIXES):
+            continue  # a name on the hub
         rows = read_source(item, rejects, config.text_rows)
         columns = config.columns if item.columns is None else item.columns
         check_columns(rows, Reading(item.format or config.format, columns, config.instruct_prompt), item.path, rejects)

@@ -101,7 +101,7 @@ class RunConfig(Config):
     """Everything that the run writes goes here."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of random weights, new adapters, the order of the data and dropout."""
-    trackers: list[Tracker] = []
+    trackers: list[Tracker] = Field(default_factory=list)
     """Who is shown the metrics, besides the run folder's own log."""
     merge_adapter: bool = True
     """Export the student with its adapter merged into the weights; false keeps the base model beside RUN/adapter."""

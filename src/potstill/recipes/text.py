@@ -7,7 +7,7 @@ recipe can neither run anything nor grow while it is read. It knows nothing of w
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -18,7 +18,7 @@ _MAX_DEPTH = 16
 _MAX_NODES = 5_000
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_NAMED: dict[str, None | bool] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_NAMED: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 _NAMED |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 Path = tuple[str | int, ...]
@@ -80,7 +80,7 @@ class _Composer:
     def _place(self, event: Any) -> str:
         return self._shown.format(line=event.start_mark.line + 1)
 
-    def _refuse(self, event: Any, what: str) -> None:
+    def _refuse(self, event: Any, what: str) -> NoReturn:
         raise ConfigError(f"{self._place(event)}: {what}")
 
     def _node(self, event: Any, path: Path) -> Any:

@@ -1,0 +1,196 @@
+"""From a recipe to a trained and exported student: the one place that knows every kind of part and joins them.
+
+Whatever can be refused without weights is refused before the run folder is made; only the first rank writes and speaks.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from shutil import which
+from typing import Literal
+
+import torch
+
+from potstill import storage
+from potstill.errors import PotstillError
+from potstill.models.causal_lm import CausalLM
+from potstill.models.export import export_student
+from potstill.models.footprint import count_parameters
+from potstill.models.loading import load_model
+from potstill.models.proofs import prove_head, refuse_leaking_packing
+from potstill.models.tokenizers import refuse_different
+from potstill.objectives.distribution import DistributionMatching
+from potstill.objectives.execution import Execution
+from potstill.objectives.likelihood import Likelihood
+from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short
+from potstill.recipes.schema import Recipe
+from potstill.recipes.words import in_words, printable
+from potstill.run_folder import ENVIRONMENT, RECIPE, RunFolder
+from potstill.teachers.local import LocalTeacher
+from potstill.teachers.teacher import require
+from potstill.training.distiller import Distiller
+from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
+from potstill.training.trainer import TrainingSummary, train
+
+Command = Literal["distill", "finetune"]
+# Compiling on a processor costs about half a minute; shorter runs do not earn it back.
+_STEPS_WORTH_COMPILING = 1000
+
+
+def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resume: Sequence[str] = (), quiet: bool = False) -> Path:
+    """Runs a recipe to its end, or resumes it, and returns the run folder. Every rank of a launch calls it.
+
+    A finished run is said to be finished and left as it is. Raises PotstillError for everything that the user can mend.
+    """
+    first = launched_ranks()[0] == 0
+    if not fresh and first and _is_finished(recipe):
+        with RunFolder.open(recipe.run.folder, recipe.resolved(), override_resume=override_resume) as folder:
+            if folder.status == "finished":
+                _say_finished(folder, again=True)
+    if not fresh and _is_finished(recipe):
+        return Path(recipe.run.folder)
+    ranks = _join()
+    quiet = quiet or not first
+    preparation = prepare_run(recipe, quiet=quiet)
+    opened = ranks.on_first(lambda: RunFolder.open(recipe.run.folder, recipe.resolved(), fresh=fresh, override_resume=override_resume))
+    folder = opened or RunFolder.open(recipe.run.folder, recipe.resolved(), writer=False)
+    with folder:
+        for note in folder.notes:
+            _say(note)
+        is_new = folder.status == "new"
+        try:
+            distiller, teacher = load_parts(recipe, preparation)
+        except PotstillError:
+            ranks.on_first(lambda: _forget(folder) if is_new else None)
+            raise
+        if first:
+            _say_start(recipe, preparation, distiller, folder)
+        data, config = preparation.data, recipe.training
+        summary = train(
+            distiller, teacher, data.train, data.validation, config, folder, seed=recipe.run.seed, pad_token=preparation.pad_token,
+            packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
+            trackers=recipe.run.trackers if first else (), quiet=quiet,
+        )  # fmt: skip
+        finish(recipe, command, preparation, distiller, folder, summary)
+        if first:
+            _say_finished(folder)
+    return folder.path
+
+
+def _is_finished(recipe: Recipe) -> bool:
+    return RunFolder._find_status(Path(recipe.run.folder)) == "finished"
+
+
+def _join() -> Ranks:
+    """The process group of a launch, made here because the first rank speaks to the others before anything is loaded."""
+    stay_on_this_machine()
+    if launched_ranks()[1] > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.accelerator.is_available())
+    return Ranks()
+
+
+def _device() -> str:
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator()
+    return f"{kind.type if kind else 'cuda'}:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def prepare_run(recipe: Recipe, *, quiet: bool) -> Preparation:
+    """Tokenizers compared, data rendered. Raises PotstillError for what must fail, before any weight is read."""
+    student, teacher, comparison = read_models(recipe)
+    refuse_different(comparison, recipe.student.path, recipe.teacher.path if recipe.teacher else recipe.student.path)
+    refuse_too_short(recipe, {"student": student, "teacher": teacher})
+    data, ids = prepare_data(recipe, student, quiet=quiet)
+    return Preparation(student, teacher, comparison, data, ids)
+
+
+def make_objective(recipe: Recipe, vocabulary_size: int, *, num_steps: int = 0) -> DistributionMatching | Likelihood:
+    """The objective that the recipe names, cropped to the tokens that both sides know."""
+    objective = recipe.objective
+    execution = Execution(compile=_compiles(recipe.training.compile, num_steps))
+    if not objective.asks_teacher:
+        return Likelihood(reduction=objective.reduction, vocabulary_size=vocabulary_size, execution=execution)
+    return DistributionMatching(
+        divergence=objective.divergence, parameters=objective.given_parameters, kd_ratio=objective.kd_ratio,
+        temperature=objective.temperature, scale_by_temperature_squared=objective.scale_by_temperature_squared,
+        support=objective.support, token_weight=objective.token_weight, reduction=objective.reduction,
+        vocabulary_size=vocabulary_size, execution=execution,
+    )  # fmt: skip
+
+
+def _compiles(choice: Literal["auto", "on", "off"], num_steps: int) -> Literal["auto", "on", "off"]:
+    """On a processor "auto" compiles long runs where there is a C++ compiler to do it with."""
+    if choice != "auto" or torch.accelerator.is_available():
+        return choice
+    return "on" if num_steps >= _STEPS_WORTH_COMPILING and (which("c++") or which("g++")) else "off"
+
+
+def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, LocalTeacher | None]:
+    """The student in its distiller, and the teacher; what is assumed of both is proven on them. Raises ModelError, IncompatibleError."""
+    size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, _device()
+    objective = make_objective(recipe, size, num_steps=recipe.training.steps or 0)
+    teacher = None
+    if recipe.teacher is not None and recipe.objective.asks_teacher:
+        loaded = load_model(
+            recipe.teacher, precision=precision, trainable=False, device=device, seed=recipe.run.seed, sharded=recipe.teacher.sharded
+        )
+        teacher = LocalTeacher(CausalLM(loaded, size))
+        require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
+    student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
+    for model in (student, *([teacher.causal_lm] if teacher else [])):
+        prove_head(model)
+        if recipe.data.packing:
+            refuse_leaking_packing(model)
+    return Distiller(student, objective), teacher
+
+
+def finish(
+    recipe: Recipe, command: Command, preparation: Preparation, distiller: Distiller, folder: RunFolder, summary: TrainingSummary
+) -> None:
+    """Exports the student and states that the run is complete."""
+    total, trainable = count_parameters(distiller.student)
+    ranks = Ranks()
+    export_student(distiller.student, preparation.student.tokenizer, folder.path, merge=recipe.run.merge_adapter, writes=ranks.first)
+    ranks.on_first(lambda: folder.finish({
+        "command": command, **asdict(summary), "parameters": total, "trainable_parameters": trainable,
+        "data": preparation.data.counts.as_dict(),
+    }))  # fmt: skip
+
+
+def _forget(folder: RunFolder) -> None:
+    """A run that never began leaves no recipe behind that would refuse the mended one."""
+    for name in (ENVIRONMENT, RECIPE, "checkpoints"):
+        storage.remove(folder.path / name)
+
+
+# ---------------------------------------------------------------- what the user is told
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(printable(text) + "\n")
+
+
+def _say_start(recipe: Recipe, preparation: Preparation, distiller: Distiller, folder: RunFolder) -> None:
+    total, trainable = count_parameters(distiller.student)
+    data = preparation.data
+    verb = "resuming" if folder.status == "interrupted" else "training"
+    _say(f"{verb} {recipe.student.path}: {trainable:,} of {in_words(total, 'parameter')}, on {in_words(len(data.train), 'example')} "
+         f"({in_words(data.train.num_targets, 'target token')}); everything goes to {folder.path}")  # fmt: skip
+
+
+def _say_finished(folder: RunFolder, *, again: bool = False) -> None:
+    summary = folder.read_summary()
+    said = f"{folder.path}: this run is finished" if again else "finished"
+    hint = "; --fresh starts over" if again else ""
+    sys.stdout.write(printable(
+        f"{said}: {in_words(summary.get('steps', 0), 'step')}, {in_words(summary.get('target_tokens', 0), 'target token')}, "
+        f"{summary.get('seconds', 0.0):.0f} s; the student is in {folder.student}{hint}\n"
+    ))  # fmt: skip

@@ -1,0 +1,193 @@
+"""From the values of a YAML text to a checked configuration, or to every mistake in it: place, key, what was found, what to do.
+
+It knows pydantic's errors and the fields of a configuration; it knows no file and no command line. Imports no torch.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from potstill.errors import ConfigError
+from potstill.recipes.text import Document, Path, dotted
+
+_SHOWN = 60
+_WORDS = {
+    "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
+    "bool_type": "must be true or false", "string_type": "must be text", "list_type": "must be a list",
+    "dict_type": "must be a mapping (key: value)", "model_type": "must be a mapping (key: value)",
+    "model_attributes_type": "must be a mapping (key: value)", "none_required": "must be null",
+    "finite_number": "must be a finite number", "string_too_short": "must not be empty", "too_short": "must not be empty",
+}  # fmt: skip
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    path: Path
+    message: str
+
+
+def build(model: type[M], document: Document, source: str) -> M:
+    """The configuration of kind `model` that a document holds. Raises ConfigError with every mistake, one a line."""
+    values = document.values
+    for section in [name for name, value in values.items() if value is None and name in model.model_fields]:
+        del values[section]  # `teacher: null` says the same as no teacher section
+    mistakes = [*_unknown_keys(model, model, values, ()), *_interpolations(values, ())]
+    try:
+        built = _validate(model, document)
+    except ValidationError as error:
+        mistakes += _explain(error, model, values, known={mistake.path for mistake in mistakes})
+        built = None
+    if mistakes or built is None:
+        raise ConfigError("\n".join(_line(mistake, document, source) for mistake in mistakes))
+    return built
+
+
+def _line(mistake: _Mistake, document: Document, source: str) -> str:
+    return f"{document.place(mistake.path) or source}: {dotted(mistake.path)}{': ' if mistake.path else ''}{mistake.message}"
+
+
+def _validate(model: type[M], document: Document) -> M:
+    """Strict: 4.0 is no whole number and "4" no number. A number where text is expected is the text as it was written."""
+    try:
+        return model.model_validate_json(json.dumps(document.values), strict=True)
+    except ValidationError as error:
+        wanted = {_real_path(item["loc"], document.values) for item in error.errors() if item["type"] == "string_type"}
+        numbers = [path for path in wanted if path in document.plain]
+        if not numbers:
+            raise
+        for path in numbers:
+            holder = document.values
+            for part in path[:-1]:
+                holder = holder[part]
+            holder[path[-1]] = document.plain.pop(path)
+        return model.model_validate_json(json.dumps(document.values), strict=True)
+
+
+def _real_path(location: Iterable[str | int], values: Any) -> Path:
+    """A pydantic location without the names of union members in it."""
+    path: Path = ()
+    for part in location:
+        if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            path, values = (*path, part), values[part]
+    return path
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configurations inside an annotation such as `LoraConfig | None` or `list[MixtureItem]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _unknown_keys(root: type[BaseModel], model: type[BaseModel], values: Any, path: Path) -> list[_Mistake]:
+    found = []
+    for key, value in values.items() if isinstance(values, dict) else []:
+        if key not in model.model_fields:
+            found.append(_Mistake((*path, key), _unknown(root, key, list(model.model_fields))))
+            continue
+        inner = _models(model.model_fields[key].annotation)
+        if inner:
+            items = [((*path, key, i), item) for i, item in enumerate(value)] if isinstance(value, list) else [((*path, key), value)]
+            found += [mistake for where, item in items for mistake in _unknown_keys(root, inner[0], item, where)]
+    return found
+
+
+def _unknown(root: type[BaseModel], key: str, siblings: list[str]) -> str:
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    homes = [name for name, field in root.model_fields.items() for model in _models(field.annotation) if key in model.model_fields]
+    if homes and not near:
+        hint = f"; it belongs to {' or '.join(homes)}"
+    return f"unknown key{hint}{'' if hint.endswith('?') else ';'} allowed here: {', '.join(siblings)}"
+
+
+def _interpolations(values: Any, path: Path) -> list[_Mistake]:
+    """Text with ${...} is meant for another tool; here it would silently name a folder `${HOME}`."""
+    if isinstance(values, str) and "${" in values and path[-1:] != ("chat_template",):
+        said = f"{show(values)} is not expanded: write the value out, or set it on the command line with {dotted(path)}=..."
+        return [_Mistake(path, said)]
+    children = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else []
+    return [mistake for key, value in children for mistake in _interpolations(value, (*path, key))]
+
+
+# ---------------------------------------------------------------- saying what is wrong
+
+
+def _explain(error: ValidationError, model: type[BaseModel], values: Any, known: set[Path]) -> list[_Mistake]:
+    """Pydantic's errors as ours, one for each place: the members of a union are joined by "or"."""
+    said: dict[Path, list[str]] = {}
+    for item in error.errors():
+        if item["type"] in ("extra_forbidden", "default_factory_not_called"):
+            continue  # said by _unknown_keys; a consequence of another mistake
+        path = _real_path(item["loc"], values)
+        if item["type"] == "missing":
+            path = (*path, str(item["loc"][-1]))
+        path, message = _message(dict(item), path, model, values)
+        if path not in known and message not in said.setdefault(path, []):
+            said[path].append(message)
+    # A union's other members complain about a key inside the member that was meant: the deeper complaint is the useful one.
+    return [_Mistake(path, _joined(messages, path, values)) for path, messages in said.items()]
+
+
+def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: Any) -> tuple[Path, str]:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        return path, "missing; it has no default"
+    if kind == "value_error":
+        return _located(str(context["error"]), path, model, values)
+    if kind == "literal_error":
+        return path, f"must be one of {context['expected'].replace(chr(39), '')}"
+    for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if bound in context:
+            return path, f"must be {words} {context[bound]}"
+    return path, _WORDS.get(kind, item["msg"][:1].lower() + item["msg"][1:])
+
+
+def _located(message: str, path: Path, model: type[BaseModel], values: Any) -> tuple[Path, str]:
+    """A rule's own words, and the key that they begin with: "data.validation: ..." or "objective: ... 'beta' ..."."""
+    head = re.match(r"([a-z_.]+)(?::\s+|\s+of\s+|\s+)", message)
+    for part in head[1].split(".") if head else []:
+        inside = _at(values, path)
+        if part in model.model_fields and path[:1] == (part,):
+            message = message.removeprefix(part).lstrip(".: ")
+        elif isinstance(inside, dict) and (part in inside or (not path and part in model.model_fields)):
+            path, message = (*path, part), message.removeprefix(part).lstrip(".: ")
+    for quoted in re.findall(r"'([a-z_]+)'", message):
+        inside = _at(values, path)
+        if isinstance(inside, dict) and quoted in inside:
+            path = (*path, quoted)
+    return path, message
+
+
+def _at(values: Any, path: Path) -> Any:
+    for part in path:
+        if isinstance(values, dict | list):
+            values = values.get(part) if isinstance(values, dict) else values[int(part)]
+    return values
+
+
+def _joined(messages: list[str], path: Path, values: Any) -> str:
+    if not messages[0].startswith("must "):
+        return messages[0]
+    kinds = [message for message in messages if message.startswith("must be ")] or messages[:1]
+    parts = [kinds[0], *(message.removeprefix("must be ") for message in kinds[1:])]
+    return f"{' or '.join(parts)}; found {show(_at(values, path))}"
+
+
+def show(value: Any) -> str:
+    if isinstance(value, dict | list):
+        kind = "a mapping" if isinstance(value, dict) else "a list"
+        return f"{kind} ({_cut(json.dumps(value, ensure_ascii=True))})"
+    if value is None:
+        return "nothing (null)"
+    return _cut(json.dumps(value, ensure_ascii=True))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
