@@ -88,7 +88,6 @@ def training_arguments(
             disable_tqdm=quiet,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,
             average_tokens_across_devices=False,
             accelerator_config=accelerator_config or None,
             log_level="warning",

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class DistillationTrainer(Trainer):
                 # The Trainer takes the place to go on from out of a file of its own; everything else is restored below.
                 found, place = scratch, self.progress
                 steps = {"logging_steps": self.args.logging_steps, "eval_steps": self.args.eval_steps, "save_steps": self.args.save_steps}
+                steps["train_batch_size"] = self.args.train_batch_size
                 TrainerState(global_step=place.step, epoch=place.epoch, **steps).save_to_json(str(Path(scratch) / TRAINER_STATE_NAME))
             try:
                 self.train(resume_from_checkpoint=found)
@@ -127,8 +128,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """total / count of the window. DDP and FSDP2 average gradients over ranks, where the sum is meant: hence the world size."""
-        whole: Batch = inputs["batch"]
-        batch = whole.to(self.args.device)
+        batch = cast(Batch, inputs["batch"]).to(self.args.device)
         total, cross_entropy, divergence = model(batch, self.answer(batch))
         scale = self.ranks.world_size / max(num_items_in_batch, 1.0)
         self.measures.add(total.detach() * scale, cross_entropy * scale, divergence * scale)
