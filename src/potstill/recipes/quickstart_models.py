@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokeniz
 
 from potstill import storage
 
-PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL = PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
     "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
     "{{- '" + ASSISTANT + "' -}}{%- generation -%}{{- message['content'] + '" + END + "' -}}{%- endgeneration -%}"
@@ -42,7 +42,7 @@ def train_tokenizer(rows: Iterable[Mapping[str, str]], vocabulary_size: int) -> 
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=[PAD, USER, ASSISTANT, END],
+        vocab_size=vocabulary_size, special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator((row[part] for row in rows for part in ("instruction", "input", "output")), trainer)
@@ -60,7 +60,7 @@ def write_start(folder: Path, tokenizer: PreTrainedTokenizerBase, sizes: Mapping
                 vocab_size=len(tokenizer), hidden_size=size.width, intermediate_size=2 * size.width, num_hidden_layers=size.layers,
                 num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=longest,
                 initializer_range=size.initializer_range, tie_word_embeddings=True, bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=SPECIAL.index(END), pad_token_id=SPECIAL.index(PAD),
                 # Short texts: with the usual base most rotations would hardly turn within them.
                 rope_parameters={"rope_type": "default", "rope_theta": 300.0}, architectures=["LlamaForCausalLM"],
             )  # fmt: skip
