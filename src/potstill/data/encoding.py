@@ -126,7 +126,9 @@ class Encoders:
     def _offsets_ordinary(self, text: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:
             raise RowFault("a token straddles an end of an answer, and this tokenizer has no fast version that says where")
-        encoded: Any = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False, verbose=False)
+        encoded: Any = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=False, verbose=False
+        )
         return encoded["offset_mapping"]
 
     def holds_literal(self, value: Any) -> bool:
