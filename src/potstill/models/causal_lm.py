@@ -9,6 +9,7 @@ import inspect
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from potstill.batch import Batch
@@ -36,6 +37,7 @@ class CausalLM(nn.Module):
         if inner.get_output_embeddings() is None:
             raise ModelError(f"{inner.config.name_or_path}: {type(inner).__name__} has no language-model head")
         self._arithmetic: HeadArithmetic = read_arithmetic(inner.config)
+        self.train(model.training)
         self._takes_positions = "position_ids" in inspect.signature(self.trunk.forward).parameters
 
     @property
@@ -65,7 +67,19 @@ class CausalLM(nn.Module):
         if self._takes_positions:
             # No attention mask: padding stands to the right, and positions that restart tell the documents of a row apart.
             arguments["position_ids"] = batch.positions
-        return self.trunk(**arguments).last_hidden_state
+        return self._through_root(arguments) if isinstance(self.inner, FSDPModule) else self.trunk(**arguments).last_hidden_state
+
+    def _through_root(self, arguments: dict) -> Float[Tensor, "B T D"]:
+        """A model that is sharded by itself gathers its parameters in its own forward alone: enter there, and catch the states."""
+        caught: list[Tensor] = []
+        if "logits_to_keep" in inspect.signature(self.inner.forward).parameters:
+            arguments["logits_to_keep"] = 1
+        handle = self.trunk.register_forward_hook(lambda _module, _inputs, output: caught.append(output.last_hidden_state))
+        try:
+            self.inner(**arguments)
+        finally:
+            handle.remove()
+        return caught[0]
 
     def rows(self, batch: Batch) -> Float[Tensor, "N D"]:
         """The hidden rows that predict a target, in the order of `batch.target_rows()`."""

@@ -16,6 +16,7 @@ from potstill.models.requirements import is_installed, quantisation_of, require_
 
 require_transformers()
 
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from transformers import (  # noqa: E402
@@ -33,7 +34,9 @@ from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noq
 Precision = Literal["bf16", "float32"]
 
 # What transformers raises for a folder, a name or a file that is not what it should be.
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError,
+)
 
 
 def _location(path: str) -> str:
@@ -54,13 +57,17 @@ def local_folder(config: LoadingConfig) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _refuse_local_code(path: str, config: LoadingConfig) -> None:
+    if config.trust_remote_code and Path(path).is_dir():
+        raise ModelError(f"{path}: trust_remote_code is for a commit on the hub; the code in a local folder is not pinned by anything")
+
+
 def _refuse_unsafe_folder(path: str, config: LoadingConfig) -> None:
-    """Raises ModelError for a local folder whose weights are pickles, or that is an adapter, or whose code is wanted."""
+    """Raises ModelError for a local folder that is no model, or whose weights are pickles, or whose code is wanted."""
     folder = Path(path)
     if not folder.is_dir():
         return
-    if config.trust_remote_code:
-        raise ModelError(f"{path}: trust_remote_code is for a commit on the hub; the code in a local folder is not pinned by anything")
+    _refuse_local_code(path, config)
     if not (folder / "config.json").exists():
         raise ModelError(f"{path} has no config.json, so it is not a model; it holds {_contents(folder)}")
     if config.weights == "pretrained" and not any(folder.glob("*.safetensors")):
@@ -127,6 +134,7 @@ def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
 def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, with `config.chat_template` and `config.eos_token` in place of its own."""
     path = _location(config.path)
+    _refuse_local_code(path, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(config))
     except _LOADING_ERRORS as error:
@@ -244,7 +252,20 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
             f"{config.path}: its files lack {len(missing)} of the model's weights, the first is {missing[0]}; "
             f"is it really a checkpoint of {type(model).__name__}?"
         )
+    if quantised:
+        _keep_differentiable(model)
     return model if sharded or quantised else _moved(model, device)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from packing 4-bit weights anew for bfloat16 CPUs in their first evaluation.
+
+    The packed layout computes in bfloat16 whatever was asked for, and has no backward pass: after one evaluation the adapters
+    below such a layer would silently stop learning.
+    """
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _moved(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
