@@ -97,10 +97,17 @@ def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, bad, place):
 
 def test_the_reason_says_what_is_wrong():
     reasons = {
-        "NaN": "NaN", "lone high surrogate": "lone surrogate", "latin-1": "0xe9.*not UTF-8", "escaped NUL": "NUL", "a list": "a list, not an object",
-        "a key twice": "'text' stands twice", "cut in a string": "Unterminated string", "float that overflows": "'score'.*not finite",
-        "deep nesting": "too deeply", "two byte-order marks": "byte-order mark",
-    }  # fmt: skip
+        "NaN": "NaN",
+        "lone high surrogate": "lone surrogate",
+        "latin-1": "0xe9.*not UTF-8",
+        "escaped NUL": "NUL",
+        "a list": "a list, not an object",
+        "a key twice": "'text' stands twice",
+        "cut in a string": "Unterminated string",
+        "float that overflows": "'score'.*not finite",
+        "deep nesting": "too deeply",
+        "two byte-order marks": "byte-order mark",
+    }
     for name, reason in reasons.items():
         line = BAD_JSON[name].removeprefix(b"\xef\xbb\xbf")
         with pytest.raises(lines.RowFault, match=reason):
@@ -132,8 +139,12 @@ def test_line_ends_a_first_bom_and_blank_lines_do_no_harm(tmp_path, end, mark, l
 def test_a_gzip_cut_short_is_never_partly_used(tmp_path):
     whole = gzip.compress(b"\n".join(GOOD_LINES * 200))
     path = tmp_path / "rows.jsonl.gz"
-    for content, message in [(whole[: len(whole) // 2], "cut short"), (whole[:-4], "cut short"), (b"not gzip at all", "damaged"),
-                             (whole[:40] + bytes(20) + whole[60:], "damaged")]:
+    for content, message in [
+        (whole[: len(whole) // 2], "cut short"),
+        (whole[:-4], "cut short"),
+        (b"not gzip at all", "damaged"),
+        (whole[:40] + bytes(20) + whole[60:], "damaged"),
+    ]:
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"rows.jsonl.gz: .*{message}"):
             read_source(MixtureItem(path=str(path)), Rejects(allowed=1000))

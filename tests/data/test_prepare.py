@@ -3,15 +3,17 @@
 import json
 
 import pytest
-from tiny import CHATML, CHATML_WITHOUT_MASK, tiny_tokenizer
 
 from potstill.data.config import DataConfig, MixtureItem
 from potstill.data.examples import DataCounts
 from potstill.data.prepare import prepare
 from potstill.data.preview import preview, printable
 from potstill.errors import ConfigError, DataError
+from tiny import CHATML, CHATML_WITHOUT_MASK, tiny_tokenizer
 
-INSTRUCT = [{"instruction": f"Question {i}", "input": "with input" if i % 2 else "", "output": f"Answer number {i}."} for i in range(20)]
+INSTRUCT = [
+    {"instruction": f"Question {i}", "input": "with input" if i % 2 else "", "output": f"Answer number {i}."} for i in range(20)
+]
 
 
 def _file(folder, rows, name="rows.jsonl"):
@@ -48,7 +50,9 @@ def test_instruct_rows_become_a_user_turn_and_an_assistant_turn(tmp_path):
     assert data.counts.target_tokens == data.train.num_targets == sum(example.num_targets for example in data.train)
     assert data.counts.tokens == sum(len(example.tokens) for example in data.train)
     alpaca = prepare(_config(tmp_path, INSTRUCT, instruct_prompt="alpaca"), tokenizer, seed=0)
-    assert "### Instruction:\nQuestion 1\n\n### Input:\nwith input\n\n### Response:\n<|im_end|>" in _texts(alpaca.train, tokenizer)[1]
+    assert (
+        "### Instruction:\nQuestion 1\n\n### Input:\nwith input\n\n### Response:\n<|im_end|>" in _texts(alpaca.train, tokenizer)[1]
+    )
     assert "### Input" not in _texts(alpaca.train, tokenizer)[0]
 
 
@@ -73,7 +77,9 @@ def test_too_long_at_the_boundary(tmp_path, policy, extra, bos):
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.bos_token = "<|endoftext|>"
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
     rows = [INSTRUCT[0], {"instruction": "Q", "input": "", "output": "a much longer answer than the others have"}]
     changes = {"chat_template": "chatml" if bos else None}
     whole = prepare(_config(tmp_path, rows, **changes), tokenizer, seed=0).train
@@ -82,7 +88,9 @@ def test_too_long_at_the_boundary(tmp_path, policy, extra, bos):
     limit = length - extra
     config = _config(tmp_path, rows, max_tokens=limit, too_long=policy, **changes)
     if extra > 0 and policy == "error":
-        with pytest.raises(DataError, match=rf"1 of 2 rows have more than data.max_tokens = {limit} tokens, the longest {length} \(.*:2\)"):
+        with pytest.raises(
+            DataError, match=rf"1 of 2 rows have more than data.max_tokens = {limit} tokens, the longest {length} \(.*:2\)"
+        ):
             prepare(config, tokenizer, seed=0)
         assert prepare(config, tokenizer, seed=0, strict=False).problems[0].startswith("data.train: 1 of 2 rows")
         return
@@ -113,7 +121,9 @@ def test_a_cut_answer_has_no_end_and_an_answer_cut_off_wholly_is_empty(tmp_path)
     rows = [{"instruction": "Q", "input": "", "output": "word " * 50}, {"instruction": "word " * 50, "input": "", "output": "A"}]
     data = prepare(_config(tmp_path, rows, max_tokens=40, too_long="truncate_right"), tokenizer, seed=0)
     assert (data.counts.used, data.counts.empty, data.counts.truncated, data.counts.too_long) == (1, 1, 1, 2)
-    assert tokenizer.eos_token_id not in [t for t, marked in zip(data.train[0].tokens, data.train[0].is_target, strict=True) if marked]
+    assert tokenizer.eos_token_id not in [
+        t for t, marked in zip(data.train[0].tokens, data.train[0].is_target, strict=True) if marked
+    ]
     assert _accounted(data.counts)
     # Cut from the left until only targets are left: the first of them has no predictor, the others stay.
     data = prepare(_config(tmp_path, rows, max_tokens=40, too_long="truncate_left"), tokenizer, seed=0)
@@ -151,9 +161,11 @@ def test_no_target_tokens_at_all_is_an_error(tmp_path, rows, format):
     with pytest.raises(DataError, match=r"data.train: 0 of 3 rows have target tokens \(3 empty\)"):
         prepare(_config(tmp_path, rows, format=format), tiny_tokenizer(), seed=0)
     good = _file(tmp_path, [{"text": "a story"}], "good.jsonl")
-    with pytest.raises(DataError, match="data.validation: 0 of 3 rows"):
+    with pytest.raises(DataError, match=r"data\.validation: 0 of 3 rows"):
         prepare(
-            DataConfig(train=[MixtureItem(path=good, format="text")], validation=_file(tmp_path, rows), format=format), tiny_tokenizer(), seed=0
+            DataConfig(train=[MixtureItem(path=good, format="text")], validation=_file(tmp_path, rows), format=format),
+            tiny_tokenizer(),
+            seed=0,
         )
 
 
@@ -164,7 +176,8 @@ ROWS = {"instruct": INSTRUCT[1], "chat": CHAT, "prompt_completion": {"prompt": "
 @pytest.mark.parametrize(("format", "column"), [(format, column) for format, row in ROWS.items() for column in row])
 def test_every_column_removed_in_turn(tmp_path, format, column):
     good, bad = dict(ROWS[format], other=1), {key: value for key, value in ROWS[format].items() if key != column} | {"other": 1}
-    with pytest.raises(DataError, match=rf"no column '{column}', which the format {format} needs; the columns are .*other.*; set data.columns: {{{column}: "):
+    missing = rf"no column '{column}', which the format {format} needs; the columns are .*other.*; set data.columns: {{{column}: "
+    with pytest.raises(DataError, match=missing):
         prepare(_config(tmp_path, [bad, bad], format=format), tiny_tokenizer(), seed=0)
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: column '{column}' is missing; the row has .*other"):
         prepare(_config(tmp_path, [good, bad, good], format=format), tiny_tokenizer(), seed=0)
@@ -178,13 +191,13 @@ def test_every_column_removed_in_turn(tmp_path, format, column):
 def test_the_remedy_names_the_nearest_column_or_the_right_format(tmp_path):
     with pytest.raises(DataError, match=r"set data.columns: \{output: outputs\}"):
         prepare(_config(tmp_path, [{"instruction": "a", "input": "", "outputs": "b"}]), tiny_tokenizer(), seed=0)
-    with pytest.raises(DataError, match="or data.format: chat"):
+    with pytest.raises(DataError, match=r"or data\.format: chat"):
         prepare(_config(tmp_path, [CHAT]), tiny_tokenizer(), seed=0)
     with pytest.raises(DataError, match=r"or \{input: null\} if there is none"):
         prepare(_config(tmp_path, [{"instruction": "a", "output": "b"}]), tiny_tokenizer(), seed=0)
     data = prepare(_config(tmp_path, [{"instruction": "a", "output": "b"}], columns={"input": None}), tiny_tokenizer(), seed=0)
     assert data.counts.used == 1
-    with pytest.raises(DataError, match="no column 'sys', which data.columns gives for 'system'"):
+    with pytest.raises(DataError, match=r"no column 'sys', which data\.columns gives for 'system'"):
         prepare(_config(tmp_path, [CHAT], format="chat", columns={"system": "sys"}), tiny_tokenizer(), seed=0)
 
 
@@ -224,12 +237,14 @@ def test_messages_and_tools_may_be_json_text_and_null_columns(tmp_path):
 
 def test_bad_lines_are_written_to_the_reject_file(tmp_path):
     rows = [INSTRUCT[0], "{", INSTRUCT[1], {"instruction": 1, "input": "", "output": "x"}, INSTRUCT[2]]
-    data = prepare(_config(tmp_path, rows, on_bad_line={"skip": 5}), tiny_tokenizer(), seed=0, rejects_file=tmp_path / "rejects.jsonl")
+    data = prepare(
+        _config(tmp_path, rows, on_bad_line={"skip": 5}), tiny_tokenizer(), seed=0, rejects_file=tmp_path / "rejects.jsonl"
+    )
     assert (data.counts.rows, data.counts.used, data.counts.rejected) == (5, 3, 2)
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [reject["origin"].rpartition(":")[2] for reject in rejects] == ["2", "4"]
     assert rejects[0]["beginning"] == "{"
-    with pytest.raises(DataError, match="bad line 2; data.on_bad_line allows 1"):
+    with pytest.raises(DataError, match=r"bad line 2; data\.on_bad_line allows 1"):
         prepare(_config(tmp_path, rows, on_bad_line={"skip": 1}), tiny_tokenizer(), seed=0)
 
 
@@ -282,8 +297,10 @@ def test_a_preview_marks_targets_and_escapes_what_commands_a_terminal(tmp_path):
     tokenizer = tiny_tokenizer()
     shown = preview(prepare(_config(tmp_path, [row]), tokenizer, seed=0).train, tokenizer)
     assert shown.pieces == [
-        ("<|im_start|>user\nred \\x1b[31m<|im_end|>\n<|im_start|>assistant\n", False), ("a\\u202eb\n<|im_end|>", True), ("\n", False),
-    ]  # fmt: skip
+        ("<|im_start|>user\nred \\x1b[31m<|im_end|>\n<|im_start|>assistant\n", False),
+        ("a\\u202eb\n<|im_end|>", True),
+        ("\n", False),
+    ]
     assert shown.num_targets < shown.num_tokens
     assert printable("é漢🙂\t\x07\x9b") == "é漢🙂\t\\x07\\x9b"
 

@@ -1,22 +1,27 @@
 """Golden renders of real and small templates: exactly what the assistant writes is a target, its end-of-turn token included."""
 
 import copy
+import gzip
+import itertools
+import json
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, CHATML_WITHOUT_MASK, tiny_tokenizer
 
 from potstill.data.formats import Conversation, PlainText, PromptCompletion
 from potstill.data.lines import RowFault
 from potstill.data.rendering import Renderer
 from potstill.data.templates import settle_template
 from potstill.errors import ConfigError, DataError
+from tiny import CHATML, CHATML_WITHOUT_MASK, tiny_tokenizer
 
 TURNS = [
-    {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4"},
-]  # fmt: skip
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "It is 4"},
+]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *TURNS]
 
 # What each template makes of TURNS, with the targets between « and ».
@@ -61,7 +66,7 @@ def _loaded(folder: Path):
 
 
 def _tokenizer(name: str, request):
-    if name.startswith("tiny") or name.startswith("named"):
+    if name.startswith(("tiny", "named")):
         tokenizer = tiny_tokenizer(chat_template=CHATML_WITHOUT_MASK if name == "tiny without marks" else CHATML)
         if name == "tiny, pad is EOS":
             tokenizer.pad_token = tokenizer.eos_token
@@ -70,7 +75,9 @@ def _tokenizer(name: str, request):
             settle_template(tokenizer, "chatml")
     else:
         data = request.getfixturevalue("shared_data")
-        folder = data / "models/stories260K-llama-hf" if name.startswith("stories") else data / "tokenizers" / name.partition(",")[0]
+        folder = (
+            data / "models/stories260K-llama-hf" if name.startswith("stories") else data / "tokenizers" / name.partition(",")[0]
+        )
         tokenizer = copy.deepcopy(_loaded(folder))  # a test may change its template
     if "named" in name:
         settle_template(tokenizer, name.rpartition(" ")[2])
@@ -80,7 +87,7 @@ def _tokenizer(name: str, request):
 def _shown(tokenizer, rendered) -> str:
     """The tokens decoded run by run, the targets between « and »."""
     ends = [0, *(end for span in rendered.spans for end in span), len(rendered.tokens)]
-    runs = [tokenizer.decode(rendered.tokens[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    runs = [tokenizer.decode(rendered.tokens[start:end]) for start, end in itertools.pairwise(ends)]
     return "".join(f"«{run}»" if number % 2 else run for number, run in enumerate(runs))
 
 
@@ -99,7 +106,9 @@ def test_golden(name, request):
         assert tokenizer.decode(rendered.tokens[end - 1]).strip() in ("</s>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>")
 
 
-@pytest.mark.parametrize("name", ["tiny with marks", "tiny that adds BOS", "named chatml", "named plain", "named alpaca", "gpt2, named plain"])
+@pytest.mark.parametrize(
+    "name", ["tiny with marks", "tiny that adds BOS", "named chatml", "named plain", "named alpaca", "gpt2, named plain"]
+)
 def test_marks_are_those_of_transformers(name, request):
     tokenizer = _tokenizer(name, request)
     for turns in (TURNS, SYSTEM, TURNS[:2], [*TURNS[:3], {"role": "assistant", "content": "漢字 🙂"}]):
@@ -118,17 +127,22 @@ def test_with_and_without_marks_agree():
     assert with_marks.render(items) == without.render(items)
 
 
-MARKED_INSIDE_A_WORD = "{{- messages[0]['content'] + '<|im_start|>The ans' }}{% generation %}{{- messages[1]['content'] }}{% endgeneration %}{{- 'wer' }}"
+MARKED_INSIDE_A_WORD = (
+    "{{- messages[0]['content'] + '<|im_start|>The ans' }}"
+    "{% generation %}{{- messages[1]['content'] }}{% endgeneration %}{{- 'wer' }}"
+)
 
 
 def test_a_token_that_straddles_an_end_of_an_answer():
-    """"The ans|wer" is one token: marks count it as inside, as transformers does; without marks nothing proves it, and the row is refused."""
+    """ "The ans|wer" is one token: marks count it as inside, as transformers does; without marks the row is refused."""
     tokenizer = tiny_tokenizer(400, chat_template=MARKED_INSIDE_A_WORD)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "wer 1. The ans"}]
     (rendered,) = Renderer(tokenizer).render([Conversation(turns)])
     theirs = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
     ((start, end),) = rendered.spans
-    assert [start <= position < end for position in range(len(rendered.tokens))] == [bool(mark) for mark in theirs["assistant_masks"]]
+    assert [start <= position < end for position in range(len(rendered.tokens))] == [
+        bool(mark) for mark in theirs["assistant_masks"]
+    ]
     assert tokenizer.decode(rendered.tokens[start:end]).strip() not in ("wer 1. The ans", "")
     tokenizer.chat_template = (
         "{{- messages[0]['content'] + '<|im_start|>' }}{%- if add_generation_prompt or messages | length > 1 %}{{- 'The ans' }}{%- endif %}"
@@ -141,7 +155,8 @@ def test_a_token_that_straddles_an_end_of_an_answer():
 
 DOES_NOT_NEST = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' and not loop.last %}{{- 'earlier: ' }}{%- endif %}{{- message['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if message['role'] == 'assistant' and not loop.last %}{{- 'earlier: ' }}{%- endif %}"
+    "{{- message['content'] + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
@@ -160,7 +175,9 @@ def test_a_template_that_does_not_nest_is_refused_with_the_first_difference():
     "template",
     [
         "{%- for message in messages %}{%- if message['role'] != 'assistant' %}{{- message['content'] + '\\n' }}{%- endif %}{%- endfor %}",
-        CHATML_WITHOUT_MASK.replace("{%- if add_generation_prompt", "{% generation %}{% endgeneration %}{%- if add_generation_prompt"),
+        CHATML_WITHOUT_MASK.replace(
+            "{%- if add_generation_prompt", "{% generation %}{% endgeneration %}{%- if add_generation_prompt"
+        ),
     ],
     ids=["renders no assistant", "marks nothing"],
 )
@@ -176,9 +193,14 @@ def test_a_header_that_is_no_generation_prompt_raises():
 
 
 def test_a_template_that_refuses_roles_refuses_the_row_and_not_the_rest():
-    template = CHATML.replace("{%- for message in messages %}", "{%- for message in messages %}{%- if message['role'] == 'tool' %}"
-                              "{{- raise_exception('no tools here') }}{%- endif %}", 1)
-    bad, good = Renderer(tiny_tokenizer(chat_template=template)).render([Conversation([{"role": "tool", "content": "x"}, *TURNS]), Conversation(TURNS)])
+    template = CHATML.replace(
+        "{%- for message in messages %}",
+        "{%- for message in messages %}{%- if message['role'] == 'tool' %}{{- raise_exception('no tools here') }}{%- endif %}",
+        1,
+    )
+    bad, good = Renderer(tiny_tokenizer(chat_template=template)).render(
+        [Conversation([{"role": "tool", "content": "x"}, *TURNS]), Conversation(TURNS)]
+    )
     assert isinstance(bad, RowFault)
     assert "no tools here" in str(bad)
     assert not isinstance(good, RowFault)
@@ -194,7 +216,7 @@ def test_an_empty_answer_is_no_target_and_leaves_the_others():
 
 
 def test_no_template_is_a_clear_error_and_names_the_defaults():
-    with pytest.raises(ConfigError, match="no chat template; set data.chat_template to chatml, alpaca, plain"):
+    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template to chatml, alpaca, plain"):
         settle_template(tiny_tokenizer(chat_template=None), None)
     with pytest.raises(ConfigError, match="no template is called 'chatlm'"):
         settle_template(tiny_tokenizer(), "chatlm")
@@ -221,7 +243,10 @@ def test_a_template_from_a_file(tmp_path):
 def test_system_and_tools_pass_through():
     template = "{%- if tools %}{{- 'tools: ' + (tools | tojson) + '\\n' }}{%- endif %}" + CHATML
     tokenizer = tiny_tokenizer(chat_template=template)
-    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
     (rendered,) = Renderer(tokenizer).render([Conversation(SYSTEM, [tool])])
     assert rendered.tokens == tokenizer.apply_chat_template(SYSTEM, tools=[tool])["input_ids"]
     assert tokenizer.decode(rendered.tokens).startswith('tools: [{"type": "function", "function": {"name": "add"')
@@ -229,7 +254,8 @@ def test_system_and_tools_pass_through():
 
 
 def test_the_day_does_not_change_the_tokens():
-    template = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{{- date_string }}" + CHATML
+    date = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}{{- date_string }}"
+    template = date + CHATML
     tokenizer = tiny_tokenizer(chat_template=template)
     (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
     assert tokenizer.decode(rendered.tokens).startswith("26 Jul 2024<|im_start|>")
@@ -241,7 +267,9 @@ def test_the_day_does_not_change_the_tokens():
 def test_text_and_prompt_completion_get_the_tokenizers_bos_and_one_eos(name, request):
     tokenizer = _tokenizer(name, request)
     bos = "<|endoftext|>" if "BOS" in name else ""
-    text, pair, nothing = Renderer(tokenizer).render([PlainText("A story."), PromptCompletion("2+2=", "4"), PromptCompletion("2+2=", " ")])
+    text, pair, nothing = Renderer(tokenizer).render(
+        [PlainText("A story."), PromptCompletion("2+2=", "4"), PromptCompletion("2+2=", " ")]
+    )
     assert _shown(tokenizer, text) == f"{bos}«A story.<|im_end|>»"
     assert _shown(tokenizer, pair) == f"{bos}2+2=«4<|im_end|>»"
     assert nothing.spans == []
@@ -266,13 +294,27 @@ def test_end_of_text_serves_a_tokenizer_without_eos():
 @pytest.mark.parametrize("name", ["llama3", "qwen2"])
 def test_real_conversations_with_tools(name, request, shared_data):
     """Every multi-turn row renders, its targets are its assistant's turns word for word, and tool turns are none."""
-    import gzip
-    import json
-
     tokenizer = _tokenizer(name, request)
-    rows = [json.loads(line) for line in gzip.open(shared_data / "instruct/glaive_toolcall_multiturn.jsonl.gz", "rt", encoding="utf-8")]
+    with gzip.open(shared_data / "instruct/glaive_toolcall_multiturn.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
     for row, rendered in zip(rows, Renderer(tokenizer).render([Conversation(row["messages"]) for row in rows]), strict=True):
         assert not isinstance(rendered, RowFault)
         answers = [message["content"].strip() + end for message in row["messages"] if message["role"] == "assistant"]
         assert [tokenizer.decode(rendered.tokens[start:stop]).strip() for start, stop in rendered.spans] == answers
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2"])
+def test_real_instructions_have_the_ids_of_transformers(name, request, shared_data):
+    tokenizer = _tokenizer(name, request)
+    with gzip.open(shared_data / "instruct/alpaca_52k.train.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [row for line in itertools.islice(file, 400) if (row := json.loads(line))["output"].strip()]
+    prompts = [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"} for row in rows]
+    turns = [[prompt, {"role": "assistant", "content": row["output"]}] for prompt, row in zip(prompts, rows, strict=True)]
+    end = tokenizer.eos_token
+    for conversation, rendered in zip(turns, Renderer(tokenizer).render([Conversation(one) for one in turns]), strict=True):
+        assert rendered.tokens == tokenizer.apply_chat_template(conversation)["input_ids"]
+        ((start, stop),) = rendered.spans
+        answer = tokenizer.decode(rendered.tokens[start:stop])
+        assert answer.replace(" ", "") == (conversation[1]["content"] + end).replace(" ", "")
+        assert rendered.tokens[:start] == tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]

@@ -14,7 +14,7 @@ from potstill.data.lines import Rejects
 from potstill.data.sources import draw_mixture, read_source, read_training_sources
 from potstill.errors import DataError
 
-ROWS = [{"prompt": f"p{i}, with \"quotes\"\nand lines", "completion": f"Antwort {i} é漢🙂"} for i in range(5)]
+ROWS = [{"prompt": f'p{i}, with "quotes"\nand lines', "completion": f"Antwort {i} é漢🙂"} for i in range(5)]
 
 
 def _write(path):
@@ -61,9 +61,11 @@ def test_text_by_line_and_as_one_document(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "names its columns"), (b"a,a\n1,2\n", "each once"), (b'prompt,completion\n"a,b\n', "not readable as CSV"),
+        (b"", "names its columns"),
+        (b"a,a\n1,2\n", "each once"),
+        (b'prompt,completion\n"a,b\n', "not readable as CSV"),
     ],
-)  # fmt: skip
+)
 def test_a_csv_that_cannot_be_read(tmp_path, content, reason):
     (tmp_path / "rows.csv").write_bytes(content)
     with pytest.raises(DataError, match=reason):
@@ -82,10 +84,14 @@ def test_a_bad_csv_row_is_named_by_its_line_and_left_out(tmp_path, bad):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("rows.json", b'{"prompt": "a"}', "one list of objects"), ("rows.json", b'{"a": 1}\n{"a": 2}', r"\.jsonl"), ("rows.json", b"[{", "not valid JSON"),
-        ("rows.json", b'["\xff"]', "UTF-8"), ("rows.parquet", b"PAR1 nothing", "Parquet"), ("rows.xlsx", b"PK", "unknown kind of file"),
+        ("rows.json", b'{"prompt": "a"}', "one list of objects"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}', r"\.jsonl"),
+        ("rows.json", b"[{", "not valid JSON"),
+        ("rows.json", b'["\xff"]', "UTF-8"),
+        ("rows.parquet", b"PAR1 nothing", "Parquet"),
+        ("rows.xlsx", b"PK", "unknown kind of file"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_read_at_all(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: .*{reason}"):
@@ -123,16 +129,18 @@ def test_mixture_weights_are_the_shares_of_the_rows_drawn():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=5), st.none() | st.integers(1, 800), st.integers(0, 5)
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 100)), min_size=1, max_size=5),
+    st.none() | st.integers(1, 800),
+    st.integers(0, 5),
 )
 def test_mixture_laws(sources, limit, seed):
     sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
     drawn = draw_mixture(sizes, weights, limit, seed)
     total = sum(len(rows) for rows in drawn)
     for rows, size, weight in zip(drawn, sizes, weights, strict=True):
-        assert (np.diff(rows) > 0).all()                              # no row twice
+        assert (np.diff(rows) > 0).all()  # no row twice
         assert len(rows) == 0 or (rows[0] >= 0 and rows[-1] < size)
-        assert abs(len(rows) - total * weight / sum(weights)) <= 1    # the share, to a row
+        assert abs(len(rows) - total * weight / sum(weights)) <= 1  # the share, to a row
     assert limit is None or total <= limit
     again = draw_mixture(sizes, weights, limit, seed)
     assert all((one == two).all() for one, two in zip(drawn, again, strict=True))
@@ -142,7 +150,8 @@ def test_a_mixture_reads_each_source_in_its_own_format(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a{i}"}) + "\n" for i in range(40)))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"b{i}"}) + "\n" for i in range(40)))
     config = DataConfig(
-        train=[MixtureItem(path=str(tmp_path / "a.jsonl"), weight=3), MixtureItem(path=str(tmp_path / "b.jsonl"), weight=1)], format="text"
+        train=[MixtureItem(path=str(tmp_path / "a.jsonl"), weight=3), MixtureItem(path=str(tmp_path / "b.jsonl"), weight=1)],
+        format="text",
     )
     sources = read_training_sources(config, Rejects(), seed=1)
     assert [len(rows) for _, rows in sources] == [40, 13]
