@@ -10,6 +10,7 @@ from potstill.evaluation.statistics import (
     influence_variance,
     jackknife,
     mean_of,
+    proportion_across_seeds,
     proportion_of,
     ratio,
     spread,
@@ -100,6 +101,15 @@ def test_answers_that_are_all_right_or_all_wrong_are_not_certain(right):
 
 def test_the_error_of_a_proportion_in_the_middle_is_the_usual_one():
     assert proportion_of([1] * 400 + [0] * 600).standard_error == pytest.approx(np.sqrt(0.4 * 0.6 / 1000), rel=0.01)
+
+
+def test_a_proportion_over_seeds_is_the_mean_and_never_certain():
+    correct = np.random.default_rng(10).random((3, 200)) < 0.6
+    found = proportion_across_seeds(correct)
+    assert found.value == pytest.approx(correct.mean())
+    assert found.standard_error > proportion_of(correct.reshape(-1)).standard_error
+    assert proportion_across_seeds(correct[:1]) == proportion_of(correct[0])
+    assert proportion_across_seeds(np.ones((4, 30))) == proportion_of(np.ones(30))
 
 
 def test_equal_seeds_have_the_error_of_one_run():

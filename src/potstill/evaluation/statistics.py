@@ -165,6 +165,17 @@ def across_seeds(statistic: Statistic, runs: np.ndarray, *, count: int, unit: st
     return Estimate(joined.value, joined.standard_error, count, unit, runs.shape[1], joined.critical)
 
 
+def proportion_across_seeds(correct: np.ndarray) -> Estimate:
+    """The share of right answers over S runs on the same I questions, correct [S, I]; one run is a `proportion_of`.
+
+    Where all runs agree on all questions by being right (or wrong), the error is that of one run: more seeds asked nothing new.
+    """
+    correct = np.asarray(correct, dtype=np.float64)
+    if correct.shape[0] == 1 or correct.min() == correct.max():
+        return proportion_of(correct[0])
+    return across_seeds(ratio(), np.stack([correct, np.ones_like(correct)], axis=-1), count=correct.shape[1])
+
+
 def student_t_quantile(probability: float, degrees: int) -> float:
     """The quantile of Student's t for at least one degree of freedom (one where fewer are given); the normal one beyond 10,000."""
     degrees = min(max(degrees, 1), 10_000)

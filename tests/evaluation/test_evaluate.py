@@ -1,0 +1,142 @@
+"""`potstill evaluate` from folders and files to one record; what cannot be measured is refused before weights are read."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from potstill.errors import ConfigError, DataError, IncompatibleError, ModelError, UsageError
+from potstill.evaluation.config import EvaluationConfig
+from potstill.evaluation.evaluate import evaluate
+from potstill.evaluation.record import EXACT_MATCH, NAMES, EvaluationRecord, ModelRecord, PairRecord
+from potstill.evaluation.statistics import Estimate, proportion_of
+from tiny import save_pair, tiny_llama, tiny_tokenizer
+
+TEXTS = ["The quick brown fox jumps.", "Add 12 and 30: the answer is 42. " * 12, "Ünïcödé, 漢字", "user assistant system"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models with one tokenizer, a third whose tokenizer has two ids exchanged, and a text."""
+    place = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("student", "teacher", "stranger")):
+        save_pair(place / name, seed)
+    tokenizer = place / "stranger" / "tokenizer.json"
+    vocabulary = json.loads(tokenizer.read_text(encoding="utf-8"))
+    pieces = vocabulary["model"]["vocab"]
+    pieces["a"], pieces["b"] = pieces["b"], pieces["a"]
+    tokenizer.write_text(json.dumps(vocabulary), encoding="utf-8")
+    (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return place
+
+
+def config(folder, **changes):
+    values = {
+        "model": {"path": str(folder / "student")}, "teacher": {"path": str(folder / "teacher")}, "device": "cpu",
+        "data": {"train": str(folder / "text.jsonl"), "format": "text", "max_tokens": 64},
+    }  # fmt: skip
+    return EvaluationConfig.model_validate(values | changes)
+
+
+def test_the_record_holds_every_metric_and_reads_back(folder, tmp_path):
+    record = evaluate(config(folder, documents=True), output=tmp_path / "deep" / "record.json")
+    written = json.loads((tmp_path / "deep" / "record.json").read_text(encoding="utf-8"))
+    assert written == record.to_json()
+    model = written["models"][0]
+    assert set(model["metrics"]) == set(NAMES) - {EXACT_MATCH}
+    assert model["num_parameters"] == sum(weight.numel() for weight in tiny_llama().parameters())
+    for metric in model["metrics"].values():
+        assert metric["low"] <= metric["value"] <= metric["high"]
+        assert metric["num_clusters"] == 4
+    assert written["data"]["window"] == 64
+    assert [document["origin"].rsplit(":")[-1] for document in written["documents"]] == ["1", "2", "3", "4"]
+
+
+def test_bytes_are_those_of_the_text_and_long_text_is_read_whole(folder):
+    record = evaluate(config(folder))
+    bits = record.models[0].estimates["bits_per_byte"]
+    # The first token of a text has no predictor; tokens of this tokenizer begin at the first byte.
+    tokenizer = tiny_tokenizer()
+    first = sum(len(tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids[0])) for text in TEXTS)
+    assert bits.count == sum(len(text.encode()) for text in TEXTS) - first
+    tokens = [len(tokenizer(text).input_ids) for text in TEXTS]
+    assert max(tokens) > 64
+    # An end of text is a target too.
+    assert record.models[0].estimates["perplexity"].count == sum(tokens)
+
+
+def test_the_perplexity_of_short_text_is_that_of_its_log_probabilities(folder, tmp_path):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n", encoding="utf-8")
+    found = evaluate(config(folder, teacher=None, data={"train": str(tmp_path / "short.jsonl"), "format": "text"}))
+    tokens = torch.tensor([[*tiny_tokenizer()(TEXTS[0]).input_ids, tiny_tokenizer().eos_token_id]])
+    loss = tiny_llama(0)(input_ids=tokens, labels=tokens).loss.item()
+    assert found.models[0].estimates["perplexity"].value == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found.models[0].estimates["perplexity"].standard_error is None
+    assert any("one document" in warning for warning in found.warnings)
+    assert found.to_json()["models"][0]["metrics"]["perplexity"]["standard_error"] is None
+
+
+def test_a_teacher_with_exchanged_tokens_is_refused_before_its_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr("potstill.evaluation.evaluate.load_model", None)
+    with pytest.raises(IncompatibleError, match="2 of 320 ids mean different tokens"):
+        evaluate(config(folder, teacher={"path": str(folder / "stranger")}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": {"train": "nowhere.jsonl", "format": "text"}}, DataError, "nowhere.jsonl: no such file"),
+        ({"model": {"path": "./nowhere"}}, ModelError, "nowhere"),
+        ({"device": "abacus"}, ConfigError, "no device"),
+        ({"device": "cuda:7"}, ConfigError, "sees no GPU"),
+    ],
+)
+def test_what_is_not_there_is_said_before_weights_are_read(folder, monkeypatch, changes, error, message):
+    monkeypatch.setattr("potstill.evaluation.evaluate.load_model", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        evaluate(config(folder, **changes))
+
+
+@pytest.mark.parametrize("output", ["record.txt", "record"])
+def test_a_record_is_a_json_file(folder, tmp_path, output):
+    with pytest.raises(UsageError, match=r"record\.json"):
+        evaluate(config(folder), output=tmp_path / output)
+
+
+def test_rows_that_are_left_out_are_counted(folder, tmp_path):
+    lines = [json.dumps({"text": text}) for text in ["", *TEXTS]]
+    (tmp_path / "gaps.jsonl").write_text("\n".join(lines) + "\n{broken\n", encoding="utf-8")
+    data = {"train": str(tmp_path / "gaps.jsonl"), "format": "text", "on_bad_line": {"skip": 1}}
+    warnings = " ".join(evaluate(config(folder, teacher=None, data=data)).warnings)
+    assert "1 of 6 rows were empty" in warnings
+    assert "1 of 6 rows were malformed" in warnings
+
+
+def test_an_evaluation_reads_one_text(folder):
+    with pytest.raises(ValueError, match="leave validation out"):
+        config(folder, data={"train": "a.jsonl", "validation": 0.1})
+
+
+def test_the_request_is_read_without_torch():
+    code = "import sys, potstill.evaluation.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_record_explains_its_numbers():
+    from potstill.evaluation.comparison import compare_correct
+
+    pair = PairRecord(EXACT_MATCH, "KD", "SFT", compare_correct([1] * 30 + [0] * 10, [0] * 15 + [1] * 15 + [0] * 10))
+    estimates = {EXACT_MATCH: proportion_of([1] * 30 + [0] * 10), "forward_kl": Estimate(float("inf"), None, 5)}
+    record = EvaluationRecord("Tasks", [ModelRecord("KD", estimates, 7, 2)], [pair]).to_json()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    found = record["models"][0]["metrics"]
+    assert (found[EXACT_MATCH]["label"], found[EXACT_MATCH]["counted"]) == ("exact-match accuracy", "questions")
+    assert found["forward_kl"]["value"] is None
+    compared = record["comparisons"][0]
+    assert compared["is_significant"]
+    assert compared["verdict"].startswith("exact-match accuracy: KD is 0.375 higher than SFT, which is better")
+    assert "documents" not in record
