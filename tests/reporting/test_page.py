@@ -156,7 +156,9 @@ def browse(page, *options):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-@pytest.mark.parametrize(("text", "options"), [("plain", []), (HOSTILE, ["--blink-settings=preferredColorScheme=0"])], ids=["light", "hostile, dark"])
+@pytest.mark.parametrize(
+    ("text", "options"), [("plain", []), (HOSTILE, ["--blink-settings=preferredColorScheme=0"])], ids=["light", "hostile, dark"]
+)
 def test_a_real_browser_shows_the_page_without_complaint(tmp_path, text, options):
     make_run(tmp_path / "runs" / "kd", text)
     make_run(tmp_path / "runs" / "sft", text)

@@ -24,7 +24,7 @@ from potstill.evaluation.comparison import compare_correct
 from potstill.evaluation.exact_match import Question, exact_match
 from potstill.evaluation.metrics import Measurement, compare_metric, estimates_across_seeds
 from potstill.evaluation.record import EXACT_MATCH, EvaluationRecord, ModelRecord, PairRecord
-from potstill.evaluation.statistics import across_seeds, ratio
+from potstill.evaluation.statistics import proportion_across_seeds
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import ModelConfig
 from potstill.models.loading import load_model, load_tokenizer
@@ -110,9 +110,8 @@ def _load(folder: Path, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
 
 def _row(name: str, runs: list[_Measured]) -> ModelRecord:
     correct = np.stack([run.correct for run in runs])
-    accuracy = across_seeds(ratio(), np.stack([correct, np.ones_like(correct)], axis=-1), count=correct.shape[1])
     distances = estimates_across_seeds([run.distances for run in runs])
-    estimates = {EXACT_MATCH: accuracy} | {metric: distances[metric] for metric in METRICS if metric in distances}
+    estimates = {EXACT_MATCH: proportion_across_seeds(correct)} | {metric: distances[metric] for metric in METRICS if metric in distances}
     return ModelRecord(name, estimates, runs[0].num_parameters, len(runs))
 
 
