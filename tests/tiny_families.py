@@ -36,7 +36,7 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
     "opt": ("OPTConfig", {"vocab_size": 96, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                           "max_position_embeddings": 64, "word_embed_proj_dim": 32, **_OLD}),
-    "falcon": ("FalconConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False, **_OLD}),
+    "falcon": ("FalconConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_OLD}),
     "falcon_h1": ("FalconH1Config", {**_COMMON, "lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
                                      "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}),
     "bloom": ("BloomConfig", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_OLD}),

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import save_pair
-from tiny_families import FAMILIES, family_model
 
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig, ModelConfig
 from potstill.models.footprint import Workload, count_parameters, predict_student, predict_teacher
 from potstill.models.loading import load_model
+from tiny import save_pair
+from tiny_families import FAMILIES, family_model
 
 WORK = Workload(batch_size=2, max_tokens=16)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_pair, tiny_llama, tiny_tokenizer
 
 from potstill.errors import ModelError
 from potstill.models import requirements
@@ -14,6 +13,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig, ModelConfig
 from potstill.models.loading import load_model, load_tokenizer, read_model_config
 from potstill.models.proofs import prove_head
+from tiny import save_pair, tiny_llama, tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -116,7 +116,8 @@ def test_bitsandbytes_quantises_teachers_and_students(folder, bits):
     teacher = load_model(LoadingConfig(path=str(folder), quantization=bits))
     assert 0 < float((teacher(input_ids=tokens).logits - expected).abs().max()) < 0.3 * float(expected.abs().max())
     prove_head(CausalLM(teacher, 320))
-    student = load_model(ModelConfig(path=str(folder), quantization=bits, lora={"rank": 2, "targets": ["q_proj", "lm_head"]}), trainable=True)
+    lora = {"rank": 2, "targets": ["q_proj", "lm_head"]}
+    student = load_model(ModelConfig(path=str(folder), quantization=bits, lora=lora), trainable=True)
     causal_lm = CausalLM(student.train(), 320)
     learned = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name for name in learned)
@@ -281,7 +282,7 @@ def test_code_that_ships_with_a_model_is_not_run(tmp_path, known):
     if known:
         load_model(config)
     else:
-        with pytest.raises(ModelError, match="trust_remote_code: true\\s+and revision|llamalike"):
+        with pytest.raises(ModelError, match=r"trust_remote_code: true\s+and revision|llamalike"):
             load_model(config)
     with pytest.raises(ModelError, match="not pinned by anything"):
         load_model(LoadingConfig(path=str(model), trust_remote_code=True, revision=COMMIT))

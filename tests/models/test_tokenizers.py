@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny import CHATML_WITHOUT_MASK, tiny_tokenizer
 
 from potstill.errors import IncompatibleError
 from potstill.models.tokenizers import compare_tokenizers, refuse_different, vocabulary_size
+from tiny import CHATML_WITHOUT_MASK, tiny_tokenizer
 
 
 def changed(change):
@@ -44,7 +44,7 @@ def test_two_swapped_ids_at_equal_width_are_refused_and_named():
     assert not comparison.same
     assert "2 of 320 ids" in comparison.refusals[0]
     assert f"the first is id {first}" in comparison.refusals[0]
-    with pytest.raises(IncompatibleError, match="the student S and the teacher T .*'a' to the student, 'b' to the teacher"):
+    with pytest.raises(IncompatibleError, match=r"the student S and the teacher T .*'a' to the student, 'b' to the teacher"):
         refuse_different(comparison, "S", "T")
 
 
@@ -83,7 +83,8 @@ def test_a_teacher_with_more_tokens_passes_and_they_get_no_mass():
 def test_a_student_with_more_tokens_is_refused():
     student = tiny_tokenizer()
     student.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-    assert "tokens that the teacher does not know, the first is id 320: '<|tool|>'" in compare_tokenizers(student, tiny_tokenizer()).refusals[0]
+    refusal = compare_tokenizers(student, tiny_tokenizer()).refusals[0]
+    assert "tokens that the teacher does not know, the first is id 320: '<|tool|>'" in refusal
 
 
 def test_padded_rows_are_no_tokens():
@@ -130,5 +131,6 @@ def test_real_tokenizers(shared_data):
     wide = compare_tokenizers(qwen2, qwen2, student_width=151936, teacher_width=152064)
     assert wide.same
     assert wide.vocabulary_size == 151646
-    stories = [AutoTokenizer.from_pretrained(shared_data / "models" / name) for name in ("stories260K-llama-hf", "tinystories-279K-llama-hf")]
+    folders = [shared_data / "models" / name for name in ("stories260K-llama-hf", "tinystories-279K-llama-hf")]
+    stories = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     assert compare_tokenizers(*stories, student_width=512, teacher_width=512).same

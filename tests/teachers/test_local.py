@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_llama
 
 from potstill.batch import Batch
 from potstill.errors import IncompatibleError
@@ -10,6 +9,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.signals import FullOutcomes, Needs
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.teacher import Teacher, require
+from tiny import tiny_llama
 
 
 def a_batch() -> Batch:

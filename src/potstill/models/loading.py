@@ -268,6 +268,13 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    # transformers renamed it between 5.19 and 5.23.
+    renamed = "activation_checkpointing_enable" in dir(model)
+    enable: Any = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _moved(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
     nn.Module.to(model, torch.device(device))
     return model
@@ -289,5 +296,5 @@ def _made_trainable(config: LoadingConfig, model: PreTrainedModel, trainable: bo
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     if isinstance(config, ModelConfig) and config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        _enable_checkpointing(model)
     return result
