@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -39,6 +40,13 @@ class Feed:
     order: GlobalOrder
     training: Rows
     validation: Rows | None
+
+
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves the root's parameters gathered after a forward without a backward; the optimizer knows only their shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class DistillationTrainer(Trainer):
@@ -80,6 +88,7 @@ class DistillationTrainer(Trainer):
             try:
                 self.train(resume_from_checkpoint=found)
                 self.stop_if_asked()
+                self.evaluate_pending()  # where no step is left that would do it
             except PotstillError:
                 if self.begun:  # the progress bar and the trackers are open
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -99,9 +108,7 @@ class DistillationTrainer(Trainer):
         """This rank's micro-batches of the step that comes next, and the count that its loss is divided by."""
         self.begun = True
         self.stop_if_asked()
-        if self.progress.evaluation_pending:
-            # The run was broken off in this evaluation; what follows from it must not depend on that.
-            self.evaluate()
+        self.evaluate_pending()
         if self.control.should_training_stop:
             return [], None
         self.window = self.feed.order.window(self.state.global_step)
@@ -208,11 +215,19 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             metrics[f"{metric_key_prefix}_loss/kd"] = divergence
         metrics[f"{metric_key_prefix}_seconds"] = time.monotonic() - began
+        reshard(self.distiller)
         self.progress.evaluation_pending = False
         self.measures.pause(metrics[f"{metric_key_prefix}_seconds"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluate_pending(self) -> None:
+        """Does an evaluation in which the run was broken off, and commits that it is done: what follows must not depend on the break."""
+        if self.progress.evaluation_pending:
+            self.evaluate()
+            self.saver.committed = None
+            self.commit()
 
     # ------------------------------------------------------------ logs
 
@@ -236,6 +251,7 @@ class DistillationTrainer(Trainer):
 
     def commit(self) -> None:
         """Makes the state after the last completed step durable, unless it already is."""
+        reshard(self.distiller)
         self.saver.commit(self.distiller, self.optimizer)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model, trial=None) -> None:

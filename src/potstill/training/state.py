@@ -90,7 +90,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
         groups.append({"settings": settings, "parameters": [names[id(parameter)] for parameter in group["params"]]})
         for parameter in group["params"]:
             name = names[id(parameter)]
-            for key, value in optimizer.state.get(parameter, {}).items():
+            # Sorted: ranks gather shards together, and a state that was read from a file has its keys in any order.
+            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, Tensor):
                     tensors[f"{key}/{name}"] = whole(value)
                 else:

@@ -82,7 +82,8 @@ def train(
         for note in saver.look_for_checkpoint():
             _log.warning(note)
         refuse_smaller(saver.progress.step, num_steps)
-        if saver.progress.step < num_steps and not saver.progress.stopped_early:
+        progress = saver.progress
+        if progress.evaluation_pending or (progress.step < num_steps and not progress.stopped_early):
             trainer = DistillationTrainer(
                 distiller, teacher, Feed(order, training, validation), args, config=config, ranks=ranks, saver=saver, watch=watch,
                 callbacks=[MetricsToFolder(folder), BestEvaluation(saver.progress, config.early_stopping)],
