@@ -53,6 +53,7 @@ def test_the_contract_of_a_recipe():
         ({"train": [{"path": "a", "weight": 0}]}, "greater than 0"),
         ({"train": [{"path": "a", "weight": float("inf")}]}, "finite"),
         ({"train": [{"path": "a", "format": "text", "columns": {"output": "o"}}]}, "the format text reads text"),
+        ({"too_long": "split"}, "split is for the format text"),
         ({"limit": 0}, "greater than or equal"),
         ({"validation": {"path": "a", "weight": 1.0}}, "weight has no meaning"),
         ({"instruct_prompt": "alpaca", "chat_template": "alpaca"}, "twice"),

@@ -1,5 +1,6 @@
 """From rows to examples: every row is accounted for, every policy at its boundary, and what cannot be learned from is refused."""
 
+import itertools
 import json
 
 import pytest
@@ -132,6 +133,22 @@ def test_a_cut_answer_has_no_end_and_an_answer_cut_off_wholly_is_empty(tmp_path)
     assert data.train[0].tokens[-2] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("extra", [-1, 0, 1, 2], ids=["L-1", "L", "L+1", "L+2"])
+@pytest.mark.parametrize("limit", [2, 3, 16])
+def test_a_split_text_predicts_every_token_once(tmp_path, limit, extra):
+    tokenizer = tiny_tokenizer()
+    long = "x" * (3 * limit + extra - 1)  # a token each, and the EOS
+    rows = [{"text": "a"}, {"text": long}, {"text": "b"}]
+    data = prepare(_config(tmp_path, rows, format="text", max_tokens=limit, too_long="split"), tokenizer, seed=0)
+    pieces = [example for example in data.train if example.origin.endswith(":2")]
+    whole = tokenizer(long)["input_ids"] + [tokenizer.eos_token_id]
+    assert [token for piece in pieces for token in piece.tokens[1:]] == whole[1:]
+    assert all(piece.tokens[0] == before.tokens[-1] for before, piece in itertools.pairwise(pieces))
+    assert all(2 <= len(piece.tokens) <= limit and all(piece.is_target) for piece in pieces)
+    assert (data.counts.used, data.counts.examples, data.counts.too_long) == (3, len(pieces) + 2, 1)
+    assert [example.index for example in data.train] == list(range(len(data.train)))
+
+
 def test_empty_and_unfinished_answers_are_counted_and_left_out(tmp_path):
     """A third without an answer or cut off by a length limit: what is left is the run on the clean rows."""
     rows = [{**row, "finish_reason": "stop"} for row in INSTRUCT]
@@ -244,6 +261,12 @@ def test_bad_lines_are_written_to_the_reject_file(tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [reject["origin"].rpartition(":")[2] for reject in rejects] == ["2", "4"]
     assert rejects[0]["beginning"] == "{"
+    validation = _file(tmp_path, ["[", *rows], "validation.jsonl")
+    config = _config(tmp_path, rows, on_bad_line={"skip": 5}, validation=validation)
+    prepare(config, tiny_tokenizer(), seed=0, rejects_file=tmp_path / "rejects.jsonl")
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    places = ["rows.jsonl:2", "rows.jsonl:4", "validation.jsonl:1", "validation.jsonl:3", "validation.jsonl:5"]
+    assert [reject["origin"].rpartition("/")[2] for reject in rejects] == places
     with pytest.raises(DataError, match=r"bad line 2; data\.on_bad_line allows 1"):
         prepare(_config(tmp_path, rows, on_bad_line={"skip": 1}), tiny_tokenizer(), seed=0)
 

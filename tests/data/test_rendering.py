@@ -78,7 +78,7 @@ def _tokenizer(name: str, request):
         folder = (
             data / "models/stories260K-llama-hf" if name.startswith("stories") else data / "tokenizers" / name.partition(",")[0]
         )
-        tokenizer = copy.deepcopy(_loaded(folder))  # a test may change its template
+        tokenizer = copy.deepcopy(_loaded(folder)) if "named" in name else _loaded(folder)
     if "named" in name:
         settle_template(tokenizer, name.rpartition(" ")[2])
     return tokenizer
@@ -289,6 +289,9 @@ def test_end_of_text_serves_a_tokenizer_without_eos():
     (text,) = Renderer(tokenizer, end_of_text=(0,)).render([PlainText("A story.")])
     assert text.tokens[-1] == 0
     assert text.spans == [(0, len(text.tokens))]
+    text, pair = Renderer(tokenizer).render([PlainText("A story."), PromptCompletion("2+2=", "4")])
+    assert _shown(tokenizer, text) == "«A story.»"
+    assert _shown(tokenizer, pair) == "2+2=«4»"
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2"])

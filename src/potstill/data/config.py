@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from potstill.config import Config
 
 Format = Literal["instruct", "chat", "prompt_completion", "text"]
-TooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
+TooLong = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
 
 # The columns that a format reads. Every row has the required ones; the optional ones are used where they are there.
 REQUIRED_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -72,7 +72,7 @@ class DataConfig(Config):
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """The longest sequence; with packing, the length of a packed row."""
     too_long: TooLong = "error"
-    """What becomes of a row with more than `max_tokens`. A cut answer gets no end-of-text token."""
+    """What becomes of a row with more than `max_tokens`. A cut answer gets no end-of-text token; `split` is for the format text."""
     packing: bool = True
     """Several documents in one row; positions restart at each, and models attend within a document alone."""
     chat_template: str | None = None
@@ -100,6 +100,8 @@ class DataConfig(Config):
         weighted = [item.weight is not None for item in items]
         if any(weighted) and not all(weighted):
             raise ValueError("train: give every source of the mixture a weight, or none")
+        if self.too_long == "split" and any((item.format or self.format) != "text" for item in self.sources):
+            raise ValueError("too_long: split is for the format text; an answer without its prompt teaches nothing, so drop or truncate")
         if self.instruct_prompt == "alpaca" and self.chat_template == "alpaca":
             raise ValueError("instruct_prompt: alpaca and chat_template: alpaca would write the Alpaca wording twice; choose one")
         return self

@@ -16,12 +16,14 @@ class DataCounts:
 
     rows: int = 0
     used: int = 0
+    examples: int = 0
+    """Made of the used rows: one each, unless `too_long: split` cuts a row into several."""
     empty: int = 0
     """No answer to learn: nothing or white space, or nothing left of it after a cut."""
     unfinished: int = 0
     """`finish_reason` says that the answer's writer was cut off."""
     too_long: int = 0
-    """More than max_tokens; dropped or truncated as the policy says."""
+    """More than max_tokens; dropped, truncated or split as the policy says."""
     dropped: int = 0
     truncated: int = 0
     rejected: int = 0

@@ -55,17 +55,23 @@ def prepare(
     """Reads and renders everything that `config` names, deterministically from `seed`.
 
     The tokenizer gets the named chat template, if one is named. `end_of_text`: further ids at which the model stops.
-    `progress`: a bar on stderr; by default if it is a terminal. `rejects_file`: where bad lines are appended, one JSON a line.
+    `progress`: a bar on stderr; by default if it is a terminal. `rejects_file`: where bad lines are written, one JSON a line.
     With `strict=False` what is too long or without targets is returned in `problems`, for a look before a run. Raises DataError.
     """
     preparation = _Preparation(config, tokenizer, end_of_text, progress, strict)
+    try:
+        return _prepare(preparation, config, seed)
+    finally:
+        preparation.write_rejects(rejects_file)
+
+
+def _prepare(preparation: "_Preparation", config: DataConfig, seed: int) -> PreparedData:
     sources = read_training_sources(config, preparation.rejects, seed)
     sources = [(item, preparation.checked(item, rows)) for item, rows in sources]
     held_out = None
     if config.held_out is not None:
         rows = read_source(config.held_out, preparation.validation_rejects, config.text_rows)
         held_out = (config.held_out, preparation.checked(config.held_out, rows, validation=True))
-    preparation.write_rejects(rejects_file)
     train, counts = preparation.examples(sources, "data.train", preparation.rejects)
     validation, validation_counts, shared = None, None, 0
     if held_out is not None:
@@ -74,7 +80,6 @@ def prepare(
         shared = sum(validation.digest(i) in seen for i in range(len(validation)))
     elif isinstance(config.validation, float) and len(train):
         train, validation = split(train, config.validation, seed)
-    preparation.write_rejects(rejects_file)
     return PreparedData(train, validation, counts, validation_counts, shared, preparation.problems)
 
 
@@ -110,7 +115,6 @@ class _Preparation:
         self.rejects = Rejects(config.bad_lines_allowed)
         self.validation_rejects = Rejects(config.bad_lines_allowed)
         self.problems: list[str] = []
-        self._written = 0
         every = [*config.sources, *([config.held_out] if config.held_out else [])]
         if any((item.format or config.format) in ("instruct", "chat") for item in every):
             settle_template(tokenizer, config.chat_template)
@@ -125,10 +129,9 @@ class _Preparation:
         return check_columns(rows, self.reading(item), item.path, self.validation_rejects if validation else self.rejects)
 
     def write_rejects(self, path: Path | None) -> None:
-        items = [*self.rejects.items, *self.validation_rejects.items][self._written :]
+        items = [*self.rejects.items, *self.validation_rejects.items]
         if path is not None and items:
-            storage.append_lines(path, [item.as_json() for item in items])
-        self._written += len(items)
+            storage.write_text(path, "".join(item.as_json() + "\n" for item in items))
 
     def refuse(self, message: str) -> None:
         if self.strict:
@@ -145,8 +148,8 @@ class _Preparation:
         counts = DataCounts(
             # Rows that were refused while reading are no rows any more; those refused while rendering still are.
             rows=sum(len(rows) for _, rows in sources) + len(rejects.items) - tally.rejected_late,
-            used=len(examples), empty=tally.empty, unfinished=tally.unfinished, too_long=len(tally.too_long), dropped=tally.dropped,
-            truncated=tally.truncated, rejected=len(rejects.items), unended=tally.unended, tokens=examples.num_tokens,
+            used=tally.used, examples=len(examples), empty=tally.empty, unfinished=tally.unfinished, too_long=len(tally.too_long),
+            dropped=tally.dropped, truncated=tally.truncated, rejected=len(rejects.items), unended=tally.unended, tokens=examples.num_tokens,
             target_tokens=examples.num_targets, longest=tally.longest,
         )
         self._check(key, counts, tally)
@@ -185,6 +188,11 @@ class _Preparation:
             if self.config.too_long in ("error", "drop"):
                 tally.dropped += 1
                 return
+            if self.config.too_long == "split":
+                tally.used += 1
+                for piece, inside in _pieces(tokens, spans, limit):
+                    builder.add(piece, inside, row.source, row.number)
+                return
             tokens, spans = self._cut(tokens, spans, limit)
             if not spans:
                 tally.empty += 1
@@ -192,6 +200,7 @@ class _Preparation:
             tally.truncated += 1
         elif tokens[spans[-1][1] - 1] not in self.renderer.ending_ids:
             tally.unended += 1
+        tally.used += 1
         builder.add(tokens, spans, row.source, row.number)
 
     def _cut(self, tokens: list[int], spans: list[tuple[int, int]], limit: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -222,8 +231,19 @@ class _Preparation:
             )
 
 
+def _pieces(
+    tokens: list[int], spans: list[tuple[int, int]], limit: int
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Pieces of `limit` tokens; each begins with the last token of the one before, so that every token but the first is predicted once."""
+    for first in range(0, max(len(tokens) - 1, 1), limit - 1):
+        piece = tokens[first : first + limit]
+        inside = [(max(start - first, 0), min(end - first, len(piece))) for start, end in spans]
+        yield piece, [(start, end) for start, end in inside if end > start]
+
+
 @dataclass
 class _Tally:
+    used: int = 0
     empty: int = 0
     unfinished: int = 0
     unended: int = 0
