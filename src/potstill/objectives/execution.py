@@ -15,6 +15,8 @@ from potstill.objectives.plan import Plan
 from potstill.objectives.tile import Finish, TileInput, tile_step
 
 _MIB = 2**20
+# Elements of one elementwise block: its handful of float32 temporaries then stays inside the cache of one core.
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def choose_sizes(
     group = max(64 * _MIB // row_bytes, width if head_gradient else 0, 64)
     group = min(group, max(512 * _MIB // row_bytes, 64))
     group = max(1, min(execution.group_rows or group, num_rows))
-    narrow = max((256 if cuda else 16) * _MIB // row_bytes, 64)
-    part = max(1, min(execution.slice_rows or narrow, group))
-    block = part if cuda else max(1, (1 * _MIB // 4) // (vocabulary * 2))
+    # Narrow products waste the processor: half a tile for the teacher, or as much as costs little beside the tile.
+    part = max(group // 2, min(32 * _MIB // row_bytes, group), 1)
+    part = max(1, min(execution.slice_rows or part, group))
+    block = part if cuda else max(1, _BLOCK // vocabulary)
     return Sizes(group, part, max(1, min(execution.block_rows or block, part)))
 
 

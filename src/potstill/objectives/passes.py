@@ -16,6 +16,7 @@ from potstill.signals import FullOutcomes, SampledOutcomes, TeacherOutcomes, Top
 Products = list[tuple[Tensor, Tensor]]
 # The head's gradient is added up in float32 through a window of this many rows of the head.
 _WINDOW = 4096
+_SEEN_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,30 @@ def run(
             job.execution, num_rows, job.vocabulary, width, dtype.itemsize, head_gradient=head_gradient, device=device
         )
         gradients = _Gradients(tensors, wanted, job.vocabulary, num_groups=-(-num_rows // sizes.group))
-        tile = torch.empty(sizes.group, job.vocabulary, dtype=dtype, device=device)
-        teacher = _TeacherSlices(job, sizes.slice)
-        found: dict[str, list[Tensor]] = {}
-        for start in range(0, num_rows, sizes.group):
-            group = slice(start, min(start + sizes.group, num_rows))
-            part = tile[: group.stop - group.start]
-            _run_group(job, sizes, products, bias, teacher, group, part, any(wanted), found)
-            gradients.add(products, group, part)
-        by_row = {name: torch.cat(parts) for name, parts in found.items()}
+        by_row = _run_groups(job, sizes, products, bias, gradients, torch.empty(sizes.group, job.vocabulary, dtype=dtype, device=device))
         return _total(job, by_row), by_row, gradients.finish()
+
+
+def _run_groups(
+    job: Job, sizes: Sizes, products: Products, bias: Tensor | None, gradients: "_Gradients", tile: Tensor
+) -> dict[str, Tensor]:
+    """Every row once; `tile` serves every group in turn."""
+    _keep_small_buffers(tile.device)
+    teacher = _TeacherSlices(job, sizes.slice)
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(job.targets), sizes.group):
+        group = slice(start, min(start + sizes.group, len(job.targets)))
+        part = tile[: group.stop - group.start]
+        _run_group(job, sizes, products, bias, teacher, group, part, gradients.wanted, found)
+        gradients.add(products, group, part)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _keep_small_buffers(device: torch.device) -> None:
+    """Teaches glibc to keep what blocks free: it hands a freed buffer back to the system, to be paged in again at the next block,
+    until it has seen a larger one come and go. Nothing is written, so this costs two system calls."""
+    if device.type == "cpu":
+        torch.empty(_SEEN_BYTES, dtype=torch.uint8)
 
 
 def _pairs(tensors: tuple[Tensor | None, ...]) -> Products:
@@ -71,10 +86,10 @@ def _run_group(
 ) -> None:
     """Losses of a group of rows; with `training` the gradient over the linear part of the student's head replaces the tile."""
     compiles = job.execution.compiles(tile.device)
+    _linear_into(tile, [(left[group], right) for left, right in products], bias)
     for start in range(group.start, group.stop, sizes.slice):
         rows = slice(start, min(start + sizes.slice, group.stop))
         linear = tile[rows.start - group.start : rows.stop - group.start]
-        _linear_into(linear, [(left[rows], right) for left, right in products], bias)
         answers = teacher.answers(rows)
         for first in range(0, rows.stop - rows.start, sizes.block):
             block = slice(first, min(first + sizes.block, rows.stop - rows.start))
@@ -141,6 +156,7 @@ class _Gradients:
     """Gradients of the bias and of each product's factors, group by group; rows of a head beyond the vocabulary keep 0."""
 
     def __init__(self, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], vocabulary: int, num_groups: int):
+        self.wanted = any(wanted)
         self._tensors, self._vocabulary, self._single = tensors, vocabulary, num_groups <= 1
         self._gradients: list[Tensor | None] = []
         for place, (tensor, want) in enumerate(zip(tensors, wanted, strict=True)):

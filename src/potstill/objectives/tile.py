@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from potstill.objectives.divergences import DIVERGENCES, GRADIENTS
+from potstill.objectives.pair import LOG_ZERO, Pair, make_pair, nats
 from potstill.objectives.plan import Plan
 from potstill.objectives.supports import Compared, compare, reduce_teacher, sampled_gradient, sampled_value, spread
 from potstill.objectives.weights import entropy, position_weight
@@ -46,28 +47,25 @@ class TileInput:
     divergence_weights: Tensor | None
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: log-probabilities and sums are never narrower."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _wide(linear: Tensor) -> Tensor:
+    """At least float32, and log 0 as a number: log-probabilities and sums are never narrower. May work in place."""
+    return (linear if linear.dtype == torch.float64 else linear.float()).clamp_min_(LOG_ZERO)
 
 
 def tile_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, rows: TileInput, *, training: bool, details: bool = False):
-    """Losses by row (a dict of [n] tensors); with `training` the gradient over `linear` is written over `linear`."""
-    logits = finishes[0].logits(wide(linear))
+    """Losses by row (a dict of [n] tensors). `linear` is given up: with `training` the gradient over it is written over it."""
+    logits = finishes[0].logits(_wide(linear))
     log_probs = logits.log_softmax(-1)
     picked = rows.targets.unsqueeze(-1)
-    found = {"cross_entropy": -log_probs.gather(-1, picked).squeeze(-1)}
+    found = {"cross_entropy": nats(-log_probs.gather(-1, picked).squeeze(-1))}
+    probs = log_probs.exp() if training else None
     gradient: Tensor | None = None
-    if training and plan.kd_ratio < 1:
-        ce_weights = (rows.row_weights * (1 - plan.kd_ratio)).unsqueeze(-1)
-        gradient = (log_probs.exp() * ce_weights).scatter_add(-1, picked, -ce_weights)
     if plan.has_teacher:
         tempered = log_probs if plan.temperature == 1 else (logits / plan.temperature).log_softmax(-1)
         teacher, compared = _compared(plan, finishes[1], tempered, rows.teacher)
-        more, over_logits = _divergence(plan, tempered, teacher, compared, rows, training)
+        tempered_probs = probs if plan.temperature == 1 or probs is None else tempered.exp()
+        more, gradient = _divergence(plan, tempered, tempered_probs, teacher, compared, rows)
         found.update(more)
-        if over_logits is not None:
-            gradient = over_logits if gradient is None else gradient + over_logits
         if plan.token_weight == "position":
             assert compared is not None
             found["disagreement"] = (compared.teacher.gather(-1, picked) - tempered.gather(-1, picked)).squeeze(-1)
@@ -78,6 +76,10 @@ def tile_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, rows:
             found["top1_agreement"] = (best.squeeze(-1) == log_probs.argmax(-1)).to(log_probs.dtype)
     if details:
         found["student_entropy"] = entropy(log_probs)
+    if probs is not None and plan.kd_ratio < 1:
+        weights = (rows.row_weights * (1 - plan.kd_ratio)).unsqueeze(-1)
+        gradient = probs * weights if gradient is None else gradient.addcmul_(probs, weights)
+        gradient.scatter_add_(-1, picked, -weights)
     if training:
         assert gradient is not None
         linear.copy_(finishes[0].back(gradient, logits))
@@ -87,7 +89,7 @@ def tile_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, rows:
 def _compared(plan: Plan, finish: Finish, student: Tensor, teacher: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Compared | None]:
     """The teacher's record on this support, and both sides on its outcomes (None for samples: they have no distribution)."""
     if len(teacher) == 1:
-        logits = finish.logits(wide(teacher[0]))
+        logits = finish.logits(_wide(teacher[0]))
         log_probs = (logits if plan.temperature == 1 else logits / plan.temperature).log_softmax(-1)
         if plan.support == "full":
             return teacher, Compared(student, log_probs, student.shape[-1])
@@ -101,8 +103,9 @@ def _compared(plan: Plan, finish: Finish, student: Tensor, teacher: tuple[Tensor
 
 
 def _divergence(
-    plan: Plan, student: Tensor, teacher: tuple[Tensor, ...], compared: Compared | None, rows: TileInput, training: bool
+    plan: Plan, student: Tensor, student_probs: Tensor | None, teacher: tuple[Tensor, ...], compared: Compared | None, rows: TileInput
 ) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The divergence and its token weight by row; and, where `student_probs` say so, the weighted gradient over the logits [n, V]."""
     weights = rows.row_weights if rows.divergence_weights is None else rows.row_weights * rows.divergence_weights
     token_weights = rows.divergence_weights
     parameters: dict = dict(plan.parameters)
@@ -122,25 +125,28 @@ def _divergence(
     if compared is None:
         ids, sample_weights = teacher
         value = sampled_value(student, ids, sample_weights)
-        over_logits = sampled_gradient(student, ids, sample_weights) * scale if training else None
+        over_logits = sampled_gradient(student, ids, sample_weights).mul_(scale) if student_probs is not None else None
     else:
-        value, gradient = _value_and_gradient(plan.divergence, parameters, compared, training)
-        over_logits = None if gradient is None else spread(compared, gradient * scale, student)
+        value, gradient = _value_and_gradient(plan.divergence, parameters, compared, student_probs)
+        over_logits = None if gradient is None else spread(compared, gradient.mul_(scale), student)
     found = {"divergence": value}
     if token_weights is not None:
         found["token_weight"] = token_weights
     return found, over_logits
 
 
-def _value_and_gradient(name: str, parameters: dict, compared: Compared, training: bool) -> tuple[Tensor, Tensor | None]:
+def _value_and_gradient(name: str, parameters: dict, compared: Compared, student_probs: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """In closed form where one is known, else by autograd over these rows alone."""
-    value = DIVERGENCES[name]
-    if not training:
-        return value(compared.student, compared.teacher, **parameters), None
+    if student_probs is None:
+        return DIVERGENCES[name](compared.student, compared.teacher, **parameters), None
     if name in GRADIENTS:
-        return value(compared.student, compared.teacher, **parameters), GRADIENTS[name](compared.student, compared.teacher, **parameters)
+        if compared.ids is None:
+            pair = Pair(compared.student, compared.teacher, student_probs, compared.teacher.exp())
+        else:
+            pair = make_pair(compared.student, compared.teacher)
+        return GRADIENTS[name](pair, **parameters)
     with torch.enable_grad():
         outcome_logits = compared.student.detach().requires_grad_()
-        rows = value(outcome_logits.log_softmax(-1), compared.teacher, **parameters)
+        rows = DIVERGENCES[name](outcome_logits.log_softmax(-1), compared.teacher, **parameters)
         (gradient,) = torch.autograd.grad(rows.sum(), outcome_logits)
     return rows.detach(), gradient

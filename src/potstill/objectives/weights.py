@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from potstill.objectives.catalogue import Value
+from potstill.objectives.pair import LOG_ZERO
 from potstill.objectives.supports import Compared
 
 
 def entropy(log_probs: Float[Tensor, "*N O"]) -> Float[Tensor, "*N"]:
     """-sum p log p in nats; impossible outcomes count 0."""
-    return -(log_probs.exp() * torch.where(log_probs > -torch.inf, log_probs, 0.0)).sum(-1)
+    return -(log_probs.exp() * log_probs.clamp_min(LOG_ZERO)).sum(-1)
 
 
 def position_weight(
