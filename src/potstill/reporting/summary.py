@@ -9,7 +9,8 @@ from typing import Any
 
 from potstill import storage
 from potstill.errors import RunFolderError
-from potstill.run_folder import METRICS, RECIPE, RunFolder, flatten
+from potstill.recipe_changes import flatten
+from potstill.run_folder import METRICS, RECIPE, RunFolder
 
 EVALUATION_PREFIX = "eval_"
 # What training logs, in the order in which a reader looks for it, and in words. Any other quantity follows under its own name.
