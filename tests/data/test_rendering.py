@@ -215,6 +215,17 @@ def test_an_empty_answer_is_no_target_and_leaves_the_others():
         assert none.spans == []
 
 
+def test_an_end_of_turn_that_is_marked_apart_stays_a_target():
+    end = "{% generation %}{{- '<|im_end|>' }}{% endgeneration %}"
+    apart = CHATML.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}" + end)
+    assert apart != CHATML
+    tokenizer = tiny_tokenizer(chat_template=apart)
+    silent = [TURNS[0], {"role": "assistant", "content": ""}, *TURNS[2:]]
+    full, empty = Renderer(tokenizer).render([Conversation(TURNS), Conversation(silent)])
+    assert [tokenizer.decode(full.tokens[start:end]) for start, end in full.spans] == ["Hello.", "<|im_end|>", "It is 4", "<|im_end|>"]
+    assert [tokenizer.decode(empty.tokens[start:end]) for start, end in empty.spans] == ["It is 4", "<|im_end|>"]
+
+
 def test_no_template_is_a_clear_error_and_names_the_defaults():
     with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template to chatml, alpaca, plain"):
         settle_template(tiny_tokenizer(chat_template=None), None)

@@ -100,6 +100,15 @@ def test_the_other_names_change_no_id(parts):
     assert encoders.hidden.encode([encoders.exchange(text, [])[0]]) == encoders.ordinary.encode([text])
 
 
+def test_a_special_token_that_begins_like_another():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>2", "<|im_"]})
+    encoders = Encoders(tokenizer)
+    texts = ["a<|im_end|>2 b<|im_end|>", "<|im_<|im_end|>2", "<|im_start|>2"]
+    assert encoders.hidden.encode([encoders.exchange(text, [])[0] for text in texts]) == encoders.ordinary.encode(texts)
+    assert len(encoders.ordinary.encode(["<|im_end|>2"])[0]) == 1
+
+
 @lru_cache
 def _tiny_encoders():
     return Encoders(tiny_tokenizer())

@@ -234,7 +234,7 @@ class _Preparation:
 def _pieces(
     tokens: list[int], spans: list[tuple[int, int]], limit: int
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Pieces of `limit` tokens; each begins with the last token of the one before, so that every token but the first is predicted once."""
+    """Pieces of `limit` tokens; each begins with the last token of the one before, so that each but the very first is predicted once."""
     for first in range(0, max(len(tokens) - 1, 1), limit - 1):
         piece = tokens[first : first + limit]
         inside = [(max(start - first, 0), min(end - first, len(piece))) for start, end in spans]

@@ -107,7 +107,9 @@ class Renderer:
             text, places = self._encoders.exchange(text, [place for span in spans for place in span])
             spans = list(zip(places[::2], places[1::2], strict=True))
         encoder = self._encoders.hidden if hidden else self._encoders.ordinary
-        kept = [trimmed for span in spans if (trimmed := _trim(text, span, encoder, marked))]
+        kept = _with_answers(text, spans, encoder)
+        if not marked:
+            kept = [_without_tail(text, span, encoder) for span in kept]
         if not kept and _has_answer(item.messages):
             raise DataError(
                 "the chat template marks no token of a row whose assistant has an answer "
@@ -138,7 +140,7 @@ class Renderer:
             through = whole if number + 1 == len(messages) else self._apply(template, messages[: number + 1], tools)[0]
             for part, what in ((before, "prompt before"), (through, "conversation up to")):
                 if not whole.startswith(part):
-                    raise RowFault(_not_nested(part, whole, f"{what} answer {number + 1}"))
+                    raise RowFault(_not_nested(part, whole, f"{what} message {number + 1}"))
             if not self._header_checked:
                 self._check_header(template, messages[:number], tools, before, through, message)
             spans.append((len(before), len(through)))
@@ -177,19 +179,22 @@ def _has_answer(messages: list[dict[str, Any]]) -> bool:
     return any(message["role"] == "assistant" and str(message.get("content") or "").strip() for message in messages)
 
 
-def _trim(text: str, span: tuple[int, int], encoder: Encoder, marked: bool) -> tuple[int, int] | None:
-    """The span without the white space that a template writes after its end-of-turn token; None where no answer is inside."""
+def _with_answers(text: str, spans: list[tuple[int, int]], encoder: Encoder) -> list[tuple[int, int]]:
+    """The spans of answers that say something. A span of special tokens alone belongs to the span right before it, if any: some
+    templates mark an answer and its end of turn one after the other."""
+    kept: list[tuple[int, int]] = []
+    for start, end in spans:
+        follows = bool(kept) and not text[kept[-1][1] : start].strip()
+        if encoder.pattern.sub("", text[start:end]).strip() or (follows and end > start):
+            kept.append((start, end))
+    return kept
+
+
+def _without_tail(text: str, span: tuple[int, int], encoder: Encoder) -> tuple[int, int]:
+    """The span without the white space that a template writes after its end-of-turn token."""
     start, end = span
-    piece = text[start:end]
-    if not encoder.pattern.sub("", piece).strip():
-        return None
-    if not marked:
-        last = None
-        for last in encoder.pattern.finditer(piece):  # noqa: B007 (the last match is wanted)
-            pass
-        if last is not None and not piece[last.end() :].strip():
-            end = start + last.end()
-    return start, end
+    ends = [match.end() for match in encoder.pattern.finditer(text, start, end)]
+    return (start, ends[-1]) if ends and not text[ends[-1] : end].strip() else span
 
 
 def _not_nested(part: str, whole: str, what: str) -> str:
