@@ -32,7 +32,11 @@ EQUAL: dict[str, Run] = {
 
 # Begun by one process, which stops after 2 of 6 steps; two ranks go on to 4; one process ends it.
 _LONG = BASE.but(epochs=None, steps=4, scheduler="constant_with_warmup")
-RESUMED: dict[str, Run] = {"resumed_ddp": _LONG, "resumed_fsdp": _LONG.but(fsdp=True), "resumed_lora": replace(_LONG, student="lora").but(fsdp=True)}
+RESUMED: dict[str, Run] = {
+    "resumed_ddp": _LONG,
+    "resumed_fsdp": _LONG.but(fsdp=True),
+    "resumed_lora": replace(_LONG, student="lora").but(fsdp=True),
+}
 
 
 def legs(run: Run) -> tuple[Run, Run]:

@@ -41,7 +41,9 @@ def test_what_has_no_meaning_is_refused(keys, found):
     assert found in str(raised.value)
 
 
-@pytest.mark.parametrize(("keys", "steps"), [({"epochs": 2}, 14), ({"epochs": 0.5}, 4), ({"epochs": 1.1}, 8), ({"steps": 3}, 3), ({"epochs": 0.01}, 1)])
+@pytest.mark.parametrize(
+    ("keys", "steps"), [({"epochs": 2}, 14), ({"epochs": 0.5}, 4), ({"epochs": 1.1}, 8), ({"steps": 3}, 3), ({"epochs": 0.01}, 1)]
+)
 def test_the_length_of_a_run(keys, steps):
     assert TrainingConfig(**keys).num_steps(steps_per_epoch=7) == steps
 
@@ -51,7 +53,8 @@ def test_every_schedule_is_one_of_transformers_and_a_function_of_the_step():
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_scheduler
 
-    options = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_warmup_with_min_lr": {"min_lr": 1e-5}, "warmup_stable_decay": {"num_decay_steps": 3}}
+    lowest = {"min_lr": 1e-5}
+    options = {"cosine_with_min_lr": lowest, "cosine_warmup_with_min_lr": lowest, "warmup_stable_decay": {"num_decay_steps": 3}}
     for name in get_args(Scheduler):
         optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.1)
         schedule = get_scheduler(name, optimizer, 2, 10, scheduler_specific_kwargs=options.get(name))

@@ -103,7 +103,9 @@ def test_killed_in_any_micro_batch(turn, unbroken, tmp_path):
     _same_as_unbroken(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize(("method", "call", "after"), [("evaluate", 1, False), ("evaluate", 2, True), ("commit", 2, False), ("commit", 4, True)])
+@pytest.mark.parametrize(
+    ("method", "call", "after"), [("evaluate", 1, False), ("evaluate", 2, True), ("commit", 2, False), ("commit", 4, True)]
+)
 def test_killed_around_evaluation_and_commit(method, call, after, unbroken, tmp_path):
     killed_at(method, call, RUN, tmp_path / "run", after=after)
     _same_as_unbroken(tmp_path / "run", unbroken)

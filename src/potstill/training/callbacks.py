@@ -5,7 +5,7 @@ Each is a few lines around a method of `DistillationTrainer` or of the run folde
 
 from collections.abc import Callable
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from potstill.run_folder import RunFolder
 from potstill.training.config import EarlyStopping
@@ -13,16 +13,27 @@ from potstill.training.saving import Progress
 
 
 class StepGuard(TrainerCallback):
-    """Looks at loss and gradient before each optimizer step, and books the step afterwards."""
+    """Looks at loss and gradient before each optimizer step, and books the step afterwards. The last callback of all."""
 
-    def __init__(self, before_step: Callable[[], None], after_step: Callable[[], None]):
-        self._before_step, self._after_step = before_step, after_step
+    def __init__(self, before_training: Callable[[], None], before_step: Callable[[], None], after_step: Callable[[], None]):
+        self._before_training, self._before_step, self._after_step = before_training, before_step, after_step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
+        self._before_training()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
         self._before_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_):
         self._after_step()
+
+
+class Bar(ProgressCallback):
+    """The Trainer's bar with the loss beside it. The Trainer's own also prints every line of the log, which stands in the run folder."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **_):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
 
 
 class MetricsToFolder(TrainerCallback):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from potstill.batch import Batch
 from potstill.errors import InterruptedRun, NonFiniteError, PotstillError
 from potstill.signals import TeacherSignal
 from potstill.teachers.teacher import Teacher
-from potstill.training.callbacks import StepGuard
+from potstill.training.callbacks import Bar, StepGuard
 from potstill.training.config import TrainingConfig
 from potstill.training.distiller import Distiller
 from potstill.training.feeding import Rows
@@ -73,7 +73,10 @@ class DistillationTrainer(Trainer):
         # The Trainer only asks these whether they are there and how long they are.
         super().__init__(distiller, args, train_dataset=feed.training, eval_dataset=feed.validation, callbacks=callbacks)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
-        self.add_callback(StepGuard(self.refuse_non_finite, self.step_done))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Bar())
+        self.add_callback(StepGuard(self.begin, self.refuse_non_finite, self.step_done))
 
     def run(self) -> None:
         """Trains to the end, from the checkpoint that the saver has found where it has found one."""
@@ -93,6 +96,16 @@ class DistillationTrainer(Trainer):
                 if self.begun:  # the progress bar and the trackers are open
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
+
+    def begin(self) -> None:
+        """Before the first step, with the model wrapped and restored."""
+        self.begun = True
+        self.stop_if_asked()
+        if self.progress.evaluation_pending:
+            # The run was broken off in this evaluation; what follows from it must not depend on that.
+            self.evaluate()
+            self.saver.committed = None
+            self.commit()
 
     # ------------------------------------------------------------ a window of micro-batches
 
