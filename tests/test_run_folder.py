@@ -11,7 +11,8 @@ import pytest
 from faultfs import without_syncing
 from potstill.environment import redact
 from potstill.errors import RunFolderError
-from potstill.run_folder import ALLOWED_CHANGES, RunFolder, recipe_changes
+from potstill.recipe_changes import ALLOWED_CHANGES, recipe_changes
+from potstill.run_folder import RunFolder
 
 RECIPE = {
     "student": {"path": "student", "lora": None},
@@ -147,6 +148,13 @@ def test_every_allowed_change_is_a_key_of_the_recipe():
 def test_more_epochs_open_a_finished_run_again(tmp_path):
     with RunFolder.open(tmp_path, RECIPE) as folder:
         folder.finish({})
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert RunFolder.look(tmp_path, _with({"run.trackers": []})) == "finished"
+    assert RunFolder.look(tmp_path, _with({"training.epochs": 2})) == "interrupted"
+    with pytest.raises(RunFolderError, match="kd_ratio"):
+        RunFolder.look(tmp_path, _with({"objective.kd_ratio": 0.1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert RunFolder.look(tmp_path / "absent", RECIPE) == "new"
     with RunFolder.open(tmp_path, _with({"run.trackers": []})) as folder:
         assert folder.status == "finished"
     with RunFolder.open(tmp_path, _with({"run.trackers": [], "training.epochs": 2})) as folder:

@@ -1,14 +1,13 @@
 """The run folder: what a run writes, where, and how it is found again. Training and evaluation append; reporting reads.
 
-It decides whether a folder is new, interrupted or finished and which changes of the recipe a resume may carry. It knows nothing
-of models or steps beyond their numbers, and imports no torch.
+It decides whether a folder is new, interrupted or finished. It knows nothing of models or steps beyond their numbers, and
+imports no torch.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from potstill import storage
 from potstill.environment import environment, redact
 from potstill.errors import RunFolderError, StorageError
 from potstill.lock import Lock
+from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
 LOCK = ".lock"
@@ -25,86 +25,10 @@ KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers",
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")
 
-# What a resume may change, and why; a name covers the keys below it. Every other key is refused unless it is named by --override-resume.
-ALLOWED_CHANGES = {
-    "run.folder": "a run folder may be moved",
-    "run.trackers": "trackers only watch",
-    "training.epochs": "how long to train; the learning-rate schedule bends to the new end",
-    "training.steps": "how long to train; the learning-rate schedule bends to the new end",
-    "training.early_stopping": "when to stop",
-    "training.save_steps": "when to save",
-    "training.keep_checkpoints": "how many checkpoints to keep",
-    "training.eval_steps": "when to evaluate",
-    "training.logging_steps": "when to log",
-    "training.non_finite": "what to do when a step is refused",
-    "training.fsdp": "the same mathematics, laid out differently",
-    "training.compile": "the same mathematics, executed differently",
-    "training.deterministic": "the same mathematics, executed differently",
-    "teacher.sharded": "the same mathematics, laid out differently",
-    "student.activation_checkpointing": "the same mathematics, executed differently",
-}
-_GLOBAL_BATCH = ("training.batch_size", "training.accumulation")
-# They fix which rows belong to which step. With other values the place in the data is lost, so that no override helps.
-_ORDER = (*_GLOBAL_BATCH, "run.seed", "data.packing", "data.max_tokens")
 
-
-@dataclass(frozen=True)
-class Change:
-    """One key whose value in the recipe differs from the one that the run began with. `allowed` is the reason, or None."""
-
-    key: str
-    recorded: Any
-    wanted: Any
-    allowed: str | None
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.recorded!r} -> {self.wanted!r}"
-
-
-def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists are values. A key that holds None counts as absent."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
-    return flat
-
-
-def recipe_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any], overrides: Iterable[str] = ()) -> list[Change]:
-    """Every key that differs, with the verdict on it. Batch size and accumulation may change while their product does not."""
-    before, after, overridden = flatten(recorded), flatten(wanted), set(overrides)
-    unknown = overridden - before.keys() - after.keys()
-    if unknown:
-        raise RunFolderError(f"--override-resume {sorted(unknown)[0]}: no such key in the recipe")
-
-    def same_global_batch() -> bool:
-        return math.prod(before.get(key, 1) for key in _GLOBAL_BATCH) == math.prod(after.get(key, 1) for key in _GLOBAL_BATCH)
-
-    def verdict(key: str) -> str | None:
-        if key in overridden and key not in _ORDER:
-            return "--override-resume"
-        if key in _GLOBAL_BATCH and same_global_batch():
-            return "the same rows in every optimizer step"
-        parts = key.split(".")
-        return next((reason for length in range(len(parts), 0, -1) if (reason := ALLOWED_CHANGES.get(".".join(parts[:length])))), None)
-
-    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [Change(key, before.get(key), after.get(key), verdict(key)) for key in differing]
-
-
-def _refuse(path: Path, changes: Sequence[Change]) -> None:
-    refused = [change for change in changes if change.allowed is None]
-    if refused:
-        listed = "\n".join(f"  {change}" for change in refused)
-        regardless = " ".join(f"--override-resume {change.key}" for change in refused)
-        lost = any(change.key in _ORDER for change in refused)
-        last = "the place in the data would be lost otherwise" if lost else f"or go on regardless with {regardless}"
-        raise RunFolderError(
-            f"{path}: this run began with another recipe:\n{listed}\n"
-            f"use the former values, or --fresh to start over, or another run.folder; {last}"
-        )
+def _recorded(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as it is written: JSON values, secrets blanked."""
+    return redact(json.loads(storage.to_json(recipe)))
 
 
 def _finite(value: Any) -> Any:
@@ -136,8 +60,8 @@ class RunFolder:
         for a folder that is in use, holds something else, or belongs to a run that began with another recipe; StorageError if it
         cannot be written. A rank that is not the `writer` may call this only after the writer's call has returned.
         """
-        path = Path(path).absolute()
-        wanted = redact(json.loads(storage.to_json(recipe)))
+        path = Path(path).expanduser().absolute()
+        wanted = _recorded(recipe)
         if not writer:
             return cls(path, cls._find_status(path), None, [])
         cls._refuse_foreign(path)
@@ -154,10 +78,24 @@ class RunFolder:
     @classmethod
     def read(cls, path: Path | str) -> "RunFolder":
         """For reading only, without the lock. Raises RunFolderError if `path` holds no run."""
-        path = Path(path).absolute()
+        path = Path(path).expanduser().absolute()
         if not (path / RECIPE).is_file():
             raise RunFolderError(f"{path}: no run here ({RECIPE} is missing)")
         return cls(path, cls._find_status(path), None, [])
+
+    @classmethod
+    def look(cls, path: Path | str, recipe: Mapping[str, Any], *, override_resume: Sequence[str] = ()) -> Status:
+        """The status that `open` would find, without the lock and without writing. Raises RunFolderError for a change that it refuses.
+
+        A finished run whose recipe now asks for more is "interrupted".
+        """
+        path = Path(path).expanduser().absolute()
+        status = cls._find_status(path)
+        if status == "new":
+            return status
+        changes = recipe_changes(cls(path, status, None, []).read_recipe(), _recorded(recipe), override_resume)
+        refuse_changes(path, changes)
+        return "interrupted" if reopens(changes) else status
 
     @staticmethod
     def _find_status(path: Path) -> Status:
@@ -189,9 +127,9 @@ class RunFolder:
                 storage.remove(self.path / name)
         self.status = self._find_status(self.path)
         changes = recipe_changes(self.read_recipe(), wanted, overrides) if self.status != "new" else []
-        _refuse(self.path, changes)
+        refuse_changes(self.path, changes)
         self.notes += [f"{change} ({change.allowed})" for change in changes]
-        if self.status == "finished" and any(change.key in ("training.epochs", "training.steps") for change in changes):
+        if self.status == "finished" and reopens(changes):
             storage.remove(self.path / SUMMARY)
             self.status = "interrupted"
         if self.status != "finished":

@@ -45,12 +45,11 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
     A finished run is said to be finished and left as it is. Raises PotstillError for everything that the user can mend.
     """
     first = launched_ranks()[0] == 0
-    if not fresh and first and _is_finished(recipe):
-        with RunFolder.open(recipe.run.folder, recipe.resolved(), override_resume=override_resume) as folder:
-            if folder.status == "finished":
-                _say_finished(folder, again=True)
-    if not fresh and _is_finished(recipe):
-        return Path(recipe.run.folder)
+    if not fresh and RunFolder.look(recipe.run.folder, recipe.resolved(), override_resume=override_resume) == "finished":
+        folder = RunFolder.read(recipe.run.folder)
+        if first:
+            _say_finished(folder, again=True)
+        return folder.path
     ranks = _join()
     quiet = quiet or not first
     preparation = prepare_run(recipe, quiet=quiet)
@@ -77,10 +76,6 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
         if first:
             _say_finished(folder)
     return folder.path
-
-
-def _is_finished(recipe: Recipe) -> bool:
-    return RunFolder._find_status(Path(recipe.run.folder)) == "finished"
 
 
 def _join() -> Ranks:
