@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from potstill import storage
@@ -35,10 +35,10 @@ class Size:
 
 
 def train_tokenizer(rows: Iterable[Mapping[str, str]], vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE whose digits stand alone, with four special tokens and a chat template that marks what is to be learned."""
+    """A byte-level BPE whose digits stand alone (with the space before them), with four special tokens and a chat template that marks what is to be learned."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
