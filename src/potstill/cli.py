@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
 @app.command()
+def quickstart(
+    folder: Annotated[str, typer.Option(help="Where everything goes.")] = "runs/quickstart",
+    fresh: Fresh = False,
+    scramble_teacher: Annotated[bool, typer.Option("--scramble-teacher", help="Also learn from a teacher with shuffled weights.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """The main job in minutes, offline, on data that it makes itself: a teacher, its students with and without it, and a table."""
+    _quiet_libraries()
+    from potstill.recipes.quickstart import quickstart as start
+
+    start(folder, fresh=fresh, scramble_teacher=scramble_teacher, quiet=quiet)
+
+
+@app.command()
 def distill(
     recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, override_resume: OverrideResume = None, quiet: Quiet = False
 ) -> None:
@@ -45,7 +59,7 @@ def finetune(
     _train("finetune", recipe, overrides, fresh, override_resume, quiet)
 
 
-def _train(command: str, name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool) -> None:
+def _train(command: Literal["distill", "finetune"], name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool) -> None:
     from potstill.recipes.precheck import precheck
     from potstill.recipes.read import read_recipe, refuse_command
 

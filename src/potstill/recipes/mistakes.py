@@ -74,7 +74,7 @@ def _real_path(location: Iterable[str | int], values: Any) -> Path:
     path: Path = ()
     for part in location:
         if (isinstance(values, dict) and part in values) or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
-            path, values = (*path, part), values[part]
+            path, values = (*path, part), values[part]  # type: ignore[index]
     return path
 
 
@@ -146,7 +146,8 @@ def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: A
     for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if bound in context:
             return path, f"must be {words} {context[bound]}"
-    return path, _WORDS.get(kind, item["msg"][:1].lower() + item["msg"][1:])
+    said = str(item["msg"])
+    return path, _WORDS.get(kind, said[:1].lower() + said[1:])
 
 
 def _located(message: str, path: Path, model: type[BaseModel], values: Any) -> tuple[Path, str]:

@@ -83,7 +83,7 @@ def apply_override(document: Document, override: str) -> None:
     holder: Any = document.values
     path: Path = ()
     for key in keys[:-1]:
-        place = _index(holder, key, path, source)
+        place: Any = _index(holder, key, path, source)
         path = (*path, place)
         if isinstance(holder, dict) and holder.get(key) is None:
             holder[key] = {}
