@@ -20,6 +20,7 @@ from potstill.models.config import LoraConfig
 def _without_noise() -> Iterator[None]:
     """peft asks transformers by names that it has since deprecated, and warns of a tied head, which the export unties."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning, module="(peft|transformers)")
         yield

@@ -132,13 +132,19 @@ def _activation_bytes(workload: Workload) -> int:
 
 
 def _kept(model: PreTrainedModel, config: ModelConfig, workload: Workload) -> int:
-    """What the backward pass needs of the forward: about what goes into and comes out of every linear layer."""
-    trunk = model.get_decoder()
-    per_token = sum(sum(linear_width(layer)) for layer in trunk.modules() if is_linear(layer))
-    text = model.config.get_text_config()
+    """What the backward pass needs of the forward: about what goes into and comes out of every linear layer, and two float32
+    copies in every norm."""
+    modules = list(model.get_decoder().modules())
+    text, size = model.config.get_text_config(), _activation_bytes(workload)
+    linear = [layer for layer in modules if is_linear(layer)]
+    per_token = size * sum(sum(linear_width(layer)) for layer in linear)
+    per_token += 2 * 4 * sum(p.numel() for layer in modules if "norm" in type(layer).__name__.lower() for p in layer.parameters())
     layers = text.num_hidden_layers
     if config.attention == "eager":
-        per_token += 2 * layers * text.num_attention_heads * workload.max_tokens
+        per_token += 2 * size * layers * text.num_attention_heads * workload.max_tokens
     if config.activation_checkpointing:
-        per_token = per_token // layers + layers * text.hidden_size
-    return workload.batch_size * workload.max_tokens * per_token * _activation_bytes(workload)
+        per_token = per_token // layers + layers * size * text.hidden_size
+    trained_whole = config.lora is None and config.adapter is None
+    # Autocast keeps a narrow copy of every wide weight until the forward is over.
+    copies = 2 * sum(math.prod(linear_width(layer)) for layer in linear) if trained_whole and workload.precision == "bf16" else 0
+    return workload.batch_size * workload.max_tokens * per_token + copies
