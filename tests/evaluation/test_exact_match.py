@@ -58,6 +58,18 @@ def test_batches_answer_as_single_prompts_and_as_transformers_do(model, prompts,
     assert generate_greedily(model, prompts, max_new_tokens=12, stop_tokens=stops, batch_size=batch_size) == expected
 
 
+def test_positions_are_counted_from_a_prompts_own_beginning(prompts):
+    """Learned positions, unlike rotary ones, would tell how much padding stands on the left."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4, eos_token_id=2)
+        model = CausalLM(GPT2LMHeadModel(config).eval(), VOCABULARY)
+    alone = generate_greedily(model, prompts, max_new_tokens=8, stop_tokens=frozenset({2}), batch_size=1)
+    assert generate_greedily(model, prompts, max_new_tokens=8, stop_tokens=frozenset({2}), batch_size=7) == alone
+
+
 def test_the_models_own_sampling_settings_do_not_leak_in(model, prompts, stops):
     expected = generate_greedily(model, prompts, max_new_tokens=12, stop_tokens=stops)
     model.model.generation_config.update(
