@@ -84,7 +84,7 @@ class TrainingConfig(Config):
     logging_steps: Positive = 10
     """Steps between lines of metrics."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the elementwise part of the loss: seconds once, then less time a step. auto compiles on a GPU alone."""
+    """Compile the elementwise part of the loss: seconds once, then less time a step. auto does it where that pays."""
     fsdp: bool = False
     """Shard the student over the ranks (FSDP2) instead of a copy on each (DDP)."""
     deterministic: bool = False

@@ -87,11 +87,12 @@ class Saver:
             return
         now = time.monotonic()
         self.progress.seconds, self._clock = self.progress.seconds + now - self._clock, now
-        tensors = {"weights": state.weights(model)}
+        keep = self.ranks.first
+        tensors = {"weights": state.weights(model, keep=keep)}
         numbers: dict[str, Any] = {"progress": asdict(self.progress), "fingerprints": self.fingerprints}
         if optimizer is not None:
-            tensors["optimizer"], numbers["optimizer"] = state.optimizer_state(optimizer, model)
-        made = CheckpointState(tensors if self.ranks.first else {}, state.plain(numbers))
+            tensors["optimizer"], numbers["optimizer"] = state.optimizer_state(optimizer, model, keep=keep)
+        made = CheckpointState(tensors, state.plain(numbers))
         del tensors
 
         def write() -> None:

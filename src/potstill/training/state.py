@@ -29,12 +29,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The unsharded tensor on the CPU. For a sharded one every rank must call it, in the same order."""
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """The unsharded tensor on the CPU. For a sharded one every rank must call it, in the same order.
+
+    A rank that does not `keep` it only takes part in the gathering and gets nothing: one copy on a machine is enough.
+    """
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
+    return tensor.to("cpu", copy=True).contiguous() if keep else torch.empty(0)
 
 
 def _like(value: Tensor, reference: Tensor) -> Tensor:
@@ -47,9 +50,9 @@ def _like(value: Tensor, reference: Tensor) -> Tensor:
 # ---------------------------------------------------------------- weights
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """The trained parameters as whole CPU tensors, by plain name. Frozen ones are not state: they are loaded as at the start."""
-    return {name: whole(parameter) for name, parameter in trainable_parameters(model).items()}
+    return {name: whole(parameter, keep=keep) for name, parameter in trainable_parameters(model).items()}
 
 
 @torch.no_grad()
@@ -79,7 +82,9 @@ def _refuse_other_names(here: Mapping[str, object], saved: Mapping[str, object])
 # ---------------------------------------------------------------- optimizer
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, numbers) of an optimizer over `model`'s parameters: tensors are named "exp_avg/<parameter>"."""
     names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
     tensors: dict[str, Tensor] = {}
@@ -93,7 +98,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
             # Sorted: ranks gather shards together, and a state that was read from a file has its keys in any order.
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, Tensor):
-                    tensors[f"{key}/{name}"] = whole(value)
+                    tensors[f"{key}/{name}"] = whole(value, keep=keep)
                 else:
                     values.setdefault(name, {})[key] = plain(value)
     return tensors, {"groups": groups, "values": values}
