@@ -149,6 +149,6 @@ class Recipe(Config):
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as JSON values with every default filled in: what the run folder records and a resume compares."""
-        values = self.model_dump(mode="json", exclude_none=True)
+        values = self.model_dump(mode="json")  # null too: where a default is not null, silence would mean something else
         values["objective"] |= self.objective.parameters
         return values
