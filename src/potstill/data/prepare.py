@@ -149,8 +149,8 @@ class _Preparation:
             # Rows that were refused while reading are no rows any more; those refused while rendering still are.
             rows=sum(len(rows) for _, rows in sources) + len(rejects.items) - tally.rejected_late,
             used=tally.used, examples=len(examples), empty=tally.empty, unfinished=tally.unfinished, too_long=len(tally.too_long),
-            dropped=tally.dropped, truncated=tally.truncated, rejected=len(rejects.items), unended=tally.unended, tokens=examples.num_tokens,
-            target_tokens=examples.num_targets, longest=tally.longest,
+            dropped=tally.dropped, truncated=tally.truncated, rejected=len(rejects.items), unended=tally.unended,
+            tokens=examples.num_tokens, target_tokens=examples.num_targets, longest=tally.longest,
         )
         self._check(key, counts, tally)
         return examples, counts
