@@ -168,6 +168,36 @@ def test_a_model_that_is_not_there_is_named(path, message):
             load(LoadingConfig(path=path))
 
 
+def test_without_a_network_nothing_is_tried_five_times(monkeypatch):
+    """Not told to be offline, on a machine where the hub's name does not resolve."""
+    from huggingface_hub import constants
+
+    from potstill.models import hub
+
+    asked = []
+
+    def unresolved(host, port):
+        asked.append(host)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", unresolved)
+    for name in hub._PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    hub.hub_is_reachable.cache_clear()
+    try:
+        for config in (LoadingConfig(path="nobody/model"), LoadingConfig(path="not a/name!")):
+            for load in (read_model_config, load_tokenizer, load_model):
+                with pytest.raises(ModelError, match="^(nobody/model|not a/name!): neither .* there is no network"):
+                    load(config)
+        assert asked == ["huggingface.co"]
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+        hub.hub_is_reachable.cache_clear()
+        assert hub.hub_is_reachable()
+    finally:
+        hub.hub_is_reachable.cache_clear()
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ModelError, match=r"has no config\.json, so it is not a model; it holds notes\.txt"):
@@ -305,6 +335,12 @@ def test_a_template_and_an_end_replace_the_tokenizers_own(folder, tmp_path):
         load_tokenizer(LoadingConfig(path=str(folder), chat_template="no/such/file.jinja"))
     with pytest.raises(ModelError, match="'<end>' is not a token"):
         load_tokenizer(LoadingConfig(path=str(folder), eos_token="<end>"))
+
+
+def test_a_model_without_a_tokenizer(tmp_path):
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no tokenizer beside the model"):
+        load_tokenizer(LoadingConfig(path=str(tmp_path), weights="random"))
 
 
 def test_a_torchvision_for_another_torch_is_found_out(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
 from potstill.models.config import LoraConfig
+from potstill.models.hub import require_on_hub
 
 
 @contextmanager
@@ -93,6 +94,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PeftM
         if not (folder / "adapter_model.safetensors").is_file():
             raise ModelError(f"{adapter}: it has no adapter_model.safetensors; other files of weights are pickles and are not read")
     source = str(folder) if folder.exists() else adapter
+    if not folder.exists():
+        require_on_hub(adapter, "adapter_config.json", None)
     try:
         with _without_noise():
             return PeftModel.from_pretrained(model, source, is_trainable=trainable, use_safetensors=True)

@@ -30,6 +30,7 @@ from transformers import (  # noqa: E402
 )
 
 from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noqa: E402
+from potstill.models.hub import require_on_hub  # noqa: E402
 
 Precision = Literal["bf16", "float32"]
 
@@ -90,13 +91,19 @@ def _hub_arguments(config: LoadingConfig) -> dict:
     arguments: dict = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         arguments["revision"] = config.revision
+    if local_folder(config) is None and require_on_hub(config.path, "config.json", config.revision):
+        arguments["local_files_only"] = True
     if config.trust_remote_code:
         arguments["code_revision"] = config.revision
     return arguments
 
 
 def _explain(config: LoadingConfig, what: str, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
     text = " ".join(str(error).split())
+    if "backend tokenizer" in text:
+        return ModelError(f"{config.path}: there is no tokenizer beside the model (no tokenizer.json); save the tokenizer there too")
     if "trust_remote_code" in text:
         return ModelError(
             f"{config.path}: it ships code of its own, which is not run. If you have read it and trust it, set trust_remote_code: true "
@@ -223,7 +230,7 @@ def load_model(
 
 
 def _random(config: LoadingConfig, saved: PreTrainedConfig, arguments: dict) -> PreTrainedModel:
-    arguments = {key: value for key, value in arguments.items() if key not in ("revision", "code_revision")}
+    arguments = {key: value for key, value in arguments.items() if key not in ("revision", "code_revision", "local_files_only")}
     try:
         return AutoModelForCausalLM.from_config(saved, **arguments)
     except _LOADING_ERRORS as error:
