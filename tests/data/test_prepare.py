@@ -7,8 +7,9 @@ import pytest
 
 from potstill.data.config import DataConfig, MixtureItem
 from potstill.data.examples import DataCounts
+from potstill.data.lines import printable
 from potstill.data.prepare import prepare
-from potstill.data.preview import preview, printable
+from potstill.data.preview import preview
 from potstill.errors import ConfigError, DataError
 from tiny import CHATML, CHATML_WITHOUT_MASK, tiny_tokenizer
 
@@ -239,6 +240,18 @@ def test_the_remedy_names_the_nearest_column_or_the_right_format(tmp_path):
 def test_a_value_of_the_wrong_kind_is_named(tmp_path, format, row, reason):
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{reason}"):
         prepare(_config(tmp_path, [ROWS[format], row], format=format), tiny_tokenizer(), seed=0)
+
+
+def test_no_message_commands_the_terminal(tmp_path):
+    refusing = "{%- if 'clear' in messages[0]['content'] %}{{- raise_exception(messages[0]['content']) }}{%- endif %}{%- for"
+    template = CHATML.replace("{%- for", refusing, 1)
+    rows = [{"instruction": "clear \x1b[2J", "input": "", "output": "b"}]
+    with pytest.raises(DataError, match=r"clear \\x1b\[2J") as caught:
+        prepare(_config(tmp_path, rows), tiny_tokenizer(chat_template=template), seed=0)
+    assert "\x1b" not in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        prepare(_config(tmp_path, [{"\x1b[2J": "a"}]), tiny_tokenizer(), seed=0)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_messages_and_tools_may_be_json_text_and_null_columns(tmp_path):

@@ -270,6 +270,13 @@ def test_the_day_does_not_change_the_tokens():
     tokenizer = tiny_tokenizer(chat_template=template)
     (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
     assert tokenizer.decode(rendered.tokens).startswith("26 Jul 2024<|im_start|>")
+    tokenizer.chat_template = "\n{{- strftime_now('%Y-%m-%d') }}, {{ strftime_now('%d %B %Y') }}: " + CHATML
+    (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
+    assert tokenizer.decode(rendered.tokens).startswith("2024-07-26, 26 July 2024:<|im_start|>user\nHi")
+    tokenizer.chat_template = "\n {% if false %}{{ strftime_now('%Y') }}{% endif %} x" + CHATML  # nothing else changes, white space included
+    (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
+    assert rendered.tokens == tokenizer.apply_chat_template(TURNS)["input_ids"]
+    tokenizer.chat_template = template
     (rendered,) = Renderer(tokenizer, template_variables={"date_string": "1 Jan 2030"}).render([Conversation(TURNS)])
     assert tokenizer.decode(rendered.tokens).startswith("1 Jan 2030<|im_start|>")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.data.config import ABSENT_COLUMNS, OPTIONAL_COLUMNS, REQUIRED_COLUMNS
-from potstill.data.lines import Rejects, Row, RowFault, parse_json
+from potstill.data.lines import Rejects, Row, RowFault, parse_json, printable
 from potstill.errors import DataError
 
 # The wording of Stanford Alpaca (Taori et al. 2023), with and without an input.
@@ -70,11 +70,11 @@ def check_columns(rows: list[Row], reading: Reading, path: str, rejects: Rejects
     present = {column for row in rows for column in row.values}
     for column in reading.required:
         if column not in present:
-            raise DataError(_missing(column, sorted(present), reading, path))
+            raise DataError(printable(_missing(column, sorted(present), reading, path)))
     for ours, theirs in reading.columns.items():
         if theirs is not None and theirs not in present:
-            raise DataError(f"{path}: no column {theirs!r}, which data.columns gives for {ours!r}; "
-                            f"the columns are {', '.join(sorted(present))}")
+            raise DataError(printable(f"{path}: no column {theirs!r}, which data.columns gives for {ours!r}; "
+                                      f"the columns are {', '.join(sorted(present))}"))
     good = []
     for row in rows:
         lacking = [column for column in reading.required if column not in row.values]

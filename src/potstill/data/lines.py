@@ -19,6 +19,11 @@ _BOM = b"\xef\xbb\xbf"
 _SHOWN = 200
 
 
+def printable(text: str) -> str:
+    """The text with every character that could command a terminal escaped; line ends and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+
+
 class RowFault(ValueError):
     """A row cannot be used; the message is the reason, without the place."""
 
@@ -43,6 +48,7 @@ class Rejects:
     items: list[Reject] = field(default_factory=list)
 
     def refuse(self, origin: str, reason: str, text: str = "") -> None:
+        reason = printable(reason)  # it may quote the row
         self.items.append(Reject(origin, reason, text[:_SHOWN].encode("utf-8", "backslashreplace").decode()))
         if len(self.items) <= self.allowed:
             return

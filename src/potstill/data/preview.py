@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from potstill.data.examples import ExampleSet
+from potstill.data.lines import printable
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,3 @@ def preview(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, index: int
             pieces.append((printable(str(tokenizer.decode(example.tokens[start:position]))), example.is_target[start]))
             start = position
     return Preview(example.origin, pieces, len(example.tokens), example.num_targets)
-
-
-def printable(text: str) -> str:
-    """The text with every character that could command a terminal escaped; line ends and tabs stay."""
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)

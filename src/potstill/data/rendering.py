@@ -23,6 +23,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama 3.1 and its kin print the day into the system prompt; this is the day that their own templates fall back to. Without it
 # the same data would be other tokens tomorrow.
 _FIXED_DATE = {"date_string": "26 Jul 2024"}
+# The same day for the templates that ask strftime_now themselves; a macro of that name stands before transformers' function.
+_FIXED_NOW = (
+    "{% macro strftime_now(format) %}{{- format | replace('%Y', '2024') | replace('%y', '24') | replace('%m', '07') | replace('%B', 'July')"
+    " | replace('%b', 'Jul') | replace('%d', '26') -}}{% endmacro %}\n"  # the line end goes with the block, and the template begins a line as before
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ class Renderer:
         if hidden:
             messages, tools = self._encoders.disguise(messages), self._encoders.disguise(tools)
         template = self._tokenizer.get_chat_template(None, tools)
+        if "strftime_now" in template:
+            template = _FIXED_NOW + template
         marked = _GENERATION.search(template) is not None
         if marked:
             text, spans = self._apply(template, messages, tools, mask=True)

@@ -107,10 +107,17 @@ def _read_json(path: Path, rejects: Rejects) -> Iterator[Row]:
     yield from _checked(path, enumerate(value, start=1), rejects)
 
 
+def _open_csv(path: Path):
+    try:
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def _read_csv(path: Path, rejects: Rejects) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     # A byte that is not UTF-8 becomes a lone surrogate here, so that the row it stands in is refused, and only that row.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _open_csv(path) as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
