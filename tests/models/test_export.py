@@ -12,7 +12,7 @@ from potstill.errors import ModelError, StorageError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig, ModelConfig
 from potstill.models.export import export_student
-from potstill.models.loading import load_model
+from potstill.models.loading import load_model, load_tokenizer
 from potstill.models.proofs import probe_logits, typical_distance
 from tiny import save_pair, tiny_tokenizer
 
@@ -72,8 +72,10 @@ def test_without_merging_the_student_is_the_adapter_on_its_base(plain_base, tmp_
     export_student(student, tiny_tokenizer(), tmp_path, merge=False)
     assert not list((tmp_path / "student").glob("model*.safetensors"))
     assert typical_distance(reread(tmp_path / "student"), probe_logits(student)) < 1e-6
-    mine = load_model(LoadingConfig(path=str(tmp_path / "student")))
-    assert typical_distance(probe_logits(CausalLM(mine, 320)), probe_logits(student)) < 1e-6
+    for name in ("student", "adapter"):
+        config = LoadingConfig(path=str(tmp_path / name))
+        assert typical_distance(probe_logits(CausalLM(load_model(config), 320)), probe_logits(student)) < 1e-6
+        assert len(load_tokenizer(config)) == 320
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -188,7 +188,7 @@ def test_without_a_network_nothing_is_tried_five_times(monkeypatch):
     try:
         for config in (LoadingConfig(path="nobody/model"), LoadingConfig(path="not a/name!")):
             for load in (read_model_config, load_tokenizer, load_model):
-                with pytest.raises(ModelError, match="^(nobody/model|not a/name!): neither .* there is no network"):
+                with pytest.raises(ModelError, match=r"^(nobody/model|not a/name!): neither .* there is no network"):
                     load(config)
         assert asked == ["huggingface.co"]
         monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")

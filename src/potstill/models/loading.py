@@ -139,7 +139,13 @@ def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
 
 
 def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, with `config.chat_template` and `config.eos_token` in place of its own."""
+    """The tokenizer beside the model, with `config.chat_template` and `config.eos_token` in place of its own.
+
+    Beside an adapter without one it is that of the adapter's base.
+    """
+    folder = local_folder(config)
+    if folder is not None and not any(folder.glob("tokenizer*")):
+        config = with_base(config)
     path = _location(config.path)
     _refuse_local_code(path, config)
     try:

@@ -34,9 +34,8 @@ def check_model(side: str, config: LoadingConfig) -> None:
     if is_local(config.path) and not folder.is_dir():
         what = "a file, not a folder" if folder.exists() else "no such folder"
         raise ModelError(f"{side}.path: {config.path}: {what}; a model is a folder with config.json and safetensors, or a name on the hub")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file() and not _is_adapter(folder):
         hint = f"; this is a run folder, its model is {config.path.rstrip('/')}/student" if (folder / "student").is_dir() else ""
-        hint = hint or ("; it is an adapter: name its base model as path and this folder as adapter" if _is_adapter(folder) else "")
         raise ModelError(f"{side}.path: {config.path}: no config.json there, so it is not a model{hint}")
     if config.adapter is not None and is_local(config.adapter) and not _is_adapter(Path(config.adapter).expanduser()):
         raise ModelError(
