@@ -108,6 +108,14 @@ def test_reading_verifies_what_it_returns(tmp_path):
     assert storage.verify_folder(folder) == ["a: missing"]
 
 
+def test_the_error_of_a_writer_in_rust_is_explained_too(tmp_path):
+    def fail(folder):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StorageError, match=r"final: .*77 bytes are needed"):
+        storage.commit_folder(tmp_path / "final", fail, bytes_needed=77)
+
+
 HOSTILE = [
     "../outside", "/etc/passwd", "a/../../outside", "..", ".", "", "a//b", "a/b/c", "a\\b", "a\0b", "a b", "a\n", "~", "~/x",
     "$HOME", "%2e%2e", "./a", "a/", "/", "a/.", "a/..", "C:x", "ünicode", "a*", "a?b", "a|b", "a;b", "`id`", "$(id)", "\u202e", "a/../a",

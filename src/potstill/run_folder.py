@@ -65,7 +65,10 @@ class RunFolder:
         if not writer:
             return cls(path, cls._find_status(path), None, [])
         cls._refuse_foreign(path)
-        storage.make_folder(path)
+        try:
+            storage.make_folder(path)
+        except StorageError as error:
+            raise RunFolderError(f"run.folder cannot be made: {error}") from error
         lock = Lock(path / LOCK)
         try:
             folder = cls(path, "new", lock, [])

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,9 +47,6 @@ ASIDE = ".old-"        # the former content of a folder while its replacement is
 _CHUNK = 16 * 2**20
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _serial = itertools.count()
-
-
-# ---------------------------------------------------------------- the primitive operations
 
 
 def _create(path: Path) -> int:
@@ -98,7 +96,8 @@ def _explain(error: OSError, path: Path, bytes_needed: int) -> StorageError:
     if error.errno in _DISK_FULL:
         free = free_bytes(path)
         limit = "the limit on file size is reached" if error.errno == errno.EFBIG else "the disk or its quota is full"
-        text = f"{path}: {limit}: {bytes_needed:,} bytes are needed, {free:,} are free"
+        needed = f"{bytes_needed:,} bytes are needed, " if bytes_needed else ""
+        text = f"{path}: {limit}: {needed}{free:,} are free"
         text += "; what was committed before is whole: make room and run again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         text = f"{path}: cannot write here ({error.strerror}); make the folder writable or choose another one"
@@ -120,9 +119,6 @@ def _explaining(path: Path, bytes_needed: int = 0) -> Iterator[None]:
         raise
     except OSError as error:
         raise _explain(error, path, bytes_needed) from error
-
-
-# ---------------------------------------------------------------- files
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -296,11 +292,16 @@ def commit_folder(
                 OPERATIONS.rename(final, aside)
             OPERATIONS.rename(unfinished, final)
             OPERATIONS.sync_folder(final.parent)
-        except Exception:
+        except Exception as error:
             with suppress(OSError):
                 if aside.exists() and not final.exists():
                     OPERATIONS.rename(aside, final)
                 remove(unfinished)
+            # Say which folder and how much in all. Writers made in Rust (safetensors, tokenizers) hide the number in their text.
+            in_text = re.search(r"\(os error (\d+)\)", str(error))
+            number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+            if number is not None:
+                raise OSError(number, os.strerror(number)) from error
             raise
         remove(aside)
     return manifest

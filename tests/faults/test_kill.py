@@ -8,81 +8,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tiny import save_pair
-
-ROWS, STEPS_AN_EPOCH, EPOCHS, MICRO_BATCHES = 13, 4, 2, 2
-STEPS = STEPS_AN_EPOCH * EPOCHS
-SAVED_EVERY = 3
-
-
-class Server:
-    """The fork server, and what a run left behind."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        script = Path(__file__).resolve().with_name("fork_server.py")
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            self.close()
-            raise AssertionError("the fork server did not start; its reason stands above")
-
-    def run(self, run: Path, *changes: str, at: str | None = None, number: int = 1, signal_number: int = signal.SIGKILL) -> int:
-        """Runs the command in a child and returns its exit status; a death by signal n is -n."""
-        arguments = ["distill", str(self.folder / "recipe.yaml"), f"run.folder={run}", "--quiet", *changes]
-        request = {"arguments": arguments, "at": at, "number": number, "signal": int(signal_number), "log": str(self.log(run))}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def finish(self, run: Path, *changes: str) -> str:
-        """The same command again, to the end; returns what it said."""
-        self.log(run).unlink(missing_ok=True)
-        assert self.run(run, *changes) == 0, self.log(run).read_text()
-        return self.log(run).read_text()
-
-    def log(self, run: Path) -> Path:
-        return run.with_suffix(".log")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-        self.process.stdout.close()
-
-
-def _write_recipe(folder: Path) -> None:
-    save_pair(folder / "student", seed=0, attention_dropout=0.2)
-    save_pair(folder / "teacher", seed=1)
-    with (folder / "train.jsonl").open("w") as file:
-        for row in range(ROWS):
-            answer = f"{row} + {row + 1} = {2 * row + 1}." * (1 + row % 3)
-            file.write(json.dumps({"instruction": f"Add {row} and {row + 1}.", "input": "", "output": answer}) + "\n")
-    shutil.copy(folder / "train.jsonl", folder / "validation.jsonl")
-    (folder / "recipe.yaml").write_text(f"""
-student: {{path: {folder}/student, lora: {{rank: 4, alpha: 8, dropout: 0.1, targets: [q_proj, down_proj]}}}}
-teacher: {{kind: local, path: {folder}/teacher}}
-data: {{train: {folder}/train.jsonl, validation: {folder}/validation.jsonl, format: instruct, max_tokens: 128, packing: false}}
-objective: {{divergence: jsd, kd_ratio: 0.5, beta: 0.3}}
-training: {{epochs: {EPOCHS}, batch_size: 2, accumulation: 2, learning_rate: 1.0e-2, warmup_steps: 2, precision: float32,
-            save_steps: {SAVED_EVERY}, eval_steps: 4, logging_steps: 1, keep_checkpoints: 2}}
-run: {{folder: {folder}/run, seed: 0}}
-""")
+from command_runs import EPOCHS, MICRO_BATCHES, ROWS, SAVED_EVERY, STEPS, STEPS_AN_EPOCH, Server, write_recipe
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
-    _write_recipe(folder)
+    write_recipe(folder)
     server = Server(folder)
     yield server
     server.close()
@@ -204,7 +140,7 @@ TERMINATED = [
 def test_a_signal_commits_and_leaves_with_its_code(point, number, signal_number, server, unbroken):
     """F16: in the warm-up, in the middle of a window, in an evaluation, in a commit, after a step."""
     run = server.folder / f"signal-{point}-{number}"
-    assert server.run(run, at=point, number=number, signal_number=signal_number) == 128 + signal_number, server.log(run).read_text()
+    assert server.run(run, at=point, number=number, action=signal_number) == 128 + signal_number, server.log(run).read_text()
     samples = _samples(run) if (run / "samples.jsonl").exists() else []
     steps = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
     assert max(steps, default=0) == len(samples), "every step that was taken is committed"
@@ -254,6 +190,44 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_under_way
         assert server.run(run) == 2
         assert f"process {os.getpid()}" in server.log(run).read_text()
     server.finish(run)
+
+
+@pytest.mark.parametrize(("file_bytes", "named", "left"), [(4_000, "checkpoints/step-00000006", [3]), (20_000, "student", [6, 8])])
+def test_a_real_limit_on_file_size_ends_the_run_and_a_larger_disk_goes_on(file_bytes, named, left, server, unbroken):
+    """F5: the kernel refuses the bytes; the exit code, the path and what is needed are said, and nothing that was committed is lost."""
+    run = server.folder / f"full-{file_bytes}"
+    assert server.run(run, at="micro_batch", number=9) == -signal.SIGKILL
+    assert server.run(run, file_bytes=file_bytes) == 1
+    said = server.log(run).read_text()
+    assert f"{run}/{named}" in said
+    assert "bytes are needed" in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-{step:08d}" for step in left]
+    server.finish(run)
+    _require_equal(run, unbroken)
+
+
+def test_a_folder_that_vanishes_under_a_run_is_named(server):
+    """F38."""
+    run = server.folder / "vanished"
+    assert server.run(run, at="micro_batch", number=3, action="vanish") == 1
+    assert f"{run}/checkpoints/step-00000003: the folder is gone" in server.log(run).read_text()
+    assert "Traceback" not in server.log(run).read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_trained(server):
+    run = server.folder / "nowhere"
+    assert server.run(run, "run.folder=/proc/potstill") == 2
+    said = server.log(run).read_text()
+    assert "/proc/potstill" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_listens_on_no_socket(server):
+    """F36."""
+    run = server.folder / "sockets"
+    assert server.run(run, at="micro_batch", number=5, action="say_sockets") == 0
+    assert "listening on []" in server.log(run).read_text()
 
 
 def test_naive_resume_is_told_apart(server, unbroken):

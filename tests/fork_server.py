@@ -1,11 +1,13 @@
 """Imports torch once, then runs the real command line in one forked child after another and lets each be killed where it is told.
 
-Reads one JSON request a line: {"arguments": [...], "at": <point> or null, "number": n, "signal": s, "log": file}; answers with the
-exit status as a shell would give it. Points are moments of a run, counted from 1 within the child.
+Reads one JSON request a line (see command_runs.Server.run) and answers with the exit status. Points are moments of a run, counted
+from 1 within the child; what is done there is a signal to itself or one of ACTIONS.
 """
 
 import json
 import os
+import resource
+import shutil
 import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -29,21 +31,36 @@ def _wrap(holder, name: str, before) -> None:
     setattr(holder, name, wrapped)
 
 
-def _counter(number: int, signal_number: int):
+def listening_sockets() -> list[str]:
+    """Local addresses on which this process listens."""
+    mine = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+    rows = [line.split() for table in ("tcp", "tcp6") for line in open(f"/proc/net/{table}").read().splitlines()[1:]]  # noqa: SIM115
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+
+ACTIONS = {
+    "vanish": lambda request: shutil.rmtree(request["run"]),
+    "say_sockets": lambda request: print("listening on", listening_sockets(), flush=True),
+}
+
+
+def _counter(number: int, act):
     count = 0
 
     def reached() -> None:
         nonlocal count
         count += 1
         if count == number:
-            os.kill(os.getpid(), signal_number)
+            act()
 
     return reached
 
 
-def arm(point: str, number: int, signal_number: int) -> None:
-    """Sends the signal at the n-th passage through a point; everything between two points of the same kind is run as it is."""
-    reached = _counter(number, signal_number)
+def arm(request: dict) -> None:
+    """Acts at the n-th passage through a point; everything else is run as it is."""
+    point, action = request["at"], request["action"]
+    act = (lambda: ACTIONS[action](request)) if action in ACTIONS else (lambda: os.kill(os.getpid(), action))
+    reached = _counter(request["number"], act)
     if point == "micro_batch":
         _wrap(seam.DistillationTrainer, "training_step", reached)
     elif point == "step_done":
@@ -76,7 +93,10 @@ def serve() -> None:
             storage.OPERATIONS.fsync = lambda descriptor: None
             storage.OPERATIONS.sync_folder = lambda path: None
             if request["at"]:
-                arm(request["at"], request["number"], request["signal"])
+                arm(request)
+            if request["file_bytes"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+            os.environ.update(request["environment"])
             try:
                 cli.main(request["arguments"])
             except SystemExit as end:
