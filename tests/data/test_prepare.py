@@ -132,6 +132,9 @@ def test_a_cut_answer_has_no_end_and_an_answer_cut_off_wholly_is_empty(tmp_path)
     assert data.counts.used == 2
     assert data.train[0].num_targets == 38  # 40 tokens without the first and without the line end after the answer
     assert data.train[0].tokens[-2] == tokenizer.eos_token_id
+    # Only the end of the answer is left, in first place, where nothing predicts it.
+    with pytest.raises(DataError, match=r"0 of 2 rows have target tokens \(2 empty\)"):
+        prepare(_config(tmp_path, rows, max_tokens=2, too_long="truncate_left"), tokenizer, seed=0)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 2], ids=["L-1", "L", "L+1", "L+2"])

@@ -273,7 +273,7 @@ def test_the_day_does_not_change_the_tokens():
     tokenizer.chat_template = "\n{{- strftime_now('%Y-%m-%d') }}, {{ strftime_now('%d %B %Y') }}: " + CHATML
     (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
     assert tokenizer.decode(rendered.tokens).startswith("2024-07-26, 26 July 2024:<|im_start|>user\nHi")
-    tokenizer.chat_template = "\n {% if false %}{{ strftime_now('%Y') }}{% endif %} x" + CHATML  # nothing else changes, white space included
+    tokenizer.chat_template = "\n {% if false %}{{ strftime_now('%Y') }}{% endif %} x" + CHATML  # white space too stays
     (rendered,) = Renderer(tokenizer).render([Conversation(TURNS)])
     assert rendered.tokens == tokenizer.apply_chat_template(TURNS)["input_ids"]
     tokenizer.chat_template = template

@@ -23,10 +23,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama 3.1 and its kin print the day into the system prompt; this is the day that their own templates fall back to. Without it
 # the same data would be other tokens tomorrow.
 _FIXED_DATE = {"date_string": "26 Jul 2024"}
-# The same day for the templates that ask strftime_now themselves; a macro of that name stands before transformers' function.
+# The same day for the templates that ask strftime_now themselves: a macro of that name stands before transformers' function.
+# The line end goes with the macro's block, so that the template begins a line as it did.
 _FIXED_NOW = (
     "{% macro strftime_now(format) %}{{- format | replace('%Y', '2024') | replace('%y', '24') | replace('%m', '07') | replace('%B', 'July')"
-    " | replace('%b', 'Jul') | replace('%d', '26') -}}{% endmacro %}\n"  # the line end goes with the block, and the template begins a line as before
+    " | replace('%b', 'Jul') | replace('%d', '26') -}}{% endmacro %}\n"
 )
 
 
