@@ -226,8 +226,8 @@ class _Preparation:
             what = {"empty": counts.empty, "unfinished": counts.unfinished, "too long": counts.dropped, "rejected": counts.rejected}
             why = ", ".join(f"{number} {name}" for name, number in what.items() if number)
             self.refuse(
-                f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers: look at data.format = "
-                f"{self.config.format}, data.columns and data.max_tokens"
+                f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers (in a chat, turns of the role assistant): "
+                f"look at data.format = {self.config.format}, data.columns and data.max_tokens"
             )
 
 

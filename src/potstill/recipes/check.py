@@ -219,7 +219,7 @@ def _show_rows(console: Console, data: PreparedData) -> None:
     counts = data.counts
     rows = [("read", f"{counts.rows:,}"), ("used", f"{counts.used:,}")]
     parts = {"empty": counts.empty, "unfinished answers": counts.unfinished, "too long": counts.too_long, "dropped": counts.dropped,
-             "truncated": counts.truncated, "malformed": counts.rejected}  # fmt: skip
+             "truncated": counts.truncated, "without an end of turn": counts.unended, "malformed": counts.rejected}  # fmt: skip
     rows += [(name, f"{number:,}") for name, number in parts.items() if number or name in ("empty", "too long")]
     rows.append(("longest", in_words(counts.longest, "token")))
     held = data.validation
