@@ -251,7 +251,7 @@ def _centred(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tens
     difference = student_log_probs - teacher_log_probs
     # Where nothing is excluded, as a look at the smallest entries tells, no mask over the vocabulary is needed.
     if not torch.compiler.is_compiling() and difference.device.type == "cpu" and difference.numel():
-        if float(torch.minimum(student_log_probs.amin(), teacher_log_probs.amin())) > EXCLUDED:
+        if float(torch.minimum(student_log_probs.detach().amin(), teacher_log_probs.detach().amin())) > EXCLUDED:
             num_outcomes = torch.full_like(difference[..., :1], difference.shape[-1])
             return difference - difference.mean(-1, keepdim=True), num_outcomes
     valid = (student_log_probs > EXCLUDED) & (teacher_log_probs > EXCLUDED)

@@ -1,0 +1,226 @@
+"""The two objectives over a batch: totals and counts, what they need, reductions and token weights."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from potstill.batch import Batch
+from potstill.errors import ConfigError, IncompatibleError
+from potstill.head import Head
+from potstill.objectives import DIVERGENCES
+from potstill.objectives.catalogue import REDUCTIONS, SUPPORTS, TOKEN_WEIGHTS, check_choice
+from potstill.objectives.distribution import DistributionMatching
+from potstill.objectives.execution import Execution
+from potstill.objectives.fused import run_plan
+from potstill.objectives.likelihood import Likelihood
+from potstill.objectives.plan import make_plan
+from potstill.objectives.weights import sequence_weight
+from potstill.signals import FullOutcomes, Needs, TeacherSignal
+
+B, T, V, D, E = 3, 9, 12, 6, 5
+
+
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [-1] * 2, [0] * 9])
+    return Batch(
+        torch.randint(0, V, (B, T), generator=generator), torch.arange(T).expand(B, T), documents,
+        torch.rand(B, T, generator=generator) > 0.3,
+    )
+
+
+BATCH = make_batch()
+N = BATCH.num_targets
+TARGETS, RESPONSES = BATCH.target_rows()[1], BATCH.target_responses()
+
+
+def setting():
+    generator = torch.Generator().manual_seed(1)
+    rows, weight, hidden, teacher_weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (V, D), (N, E), (V, E))
+    )
+    signal = TeacherSignal(FullOutcomes(hidden, Head(teacher_weight)))
+    student, teacher = (rows @ weight.T).log_softmax(-1), (hidden @ teacher_weight.T).log_softmax(-1)
+    return rows.requires_grad_(), Head(weight), signal, student, teacher
+
+
+def total_of(**choices):
+    rows, head, signal, _, _ = setting()
+    objective = DistributionMatching(execution=Execution(group_rows=4, slice_rows=3, block_rows=2), **choices)
+    return objective.total(rows, head, signal, BATCH), objective.count(BATCH)
+
+
+def test_likelihood_is_the_mean_cross_entropy():
+    rows, head, _, student, _ = setting()
+    objective = Likelihood()
+    loss = objective.total(rows, head, None, BATCH)
+    wanted = torch.nn.functional.cross_entropy(student, TARGETS)
+    torch.testing.assert_close(loss.total / objective.count(BATCH), wanted)
+    assert objective.needs == Needs("nothing")
+    assert loss.divergence.item() == 0
+    (gradient,) = torch.autograd.grad(loss.total, rows)
+    (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(head.logits(rows), TARGETS, reduction="sum"), rows)
+    torch.testing.assert_close(gradient, slope)
+
+
+def test_a_mean_over_responses_is_a_mean_of_means():
+    loss, count = total_of(kd_ratio=1.0, reduction="seq_mean")
+    _, _, _, student, teacher = setting()
+    by_row = DIVERGENCES["forward_kl"](student, teacher)
+    means = [by_row[RESPONSES == response].mean() for response in RESPONSES.unique()]
+    assert count == len(means) == BATCH.num_responses
+    torch.testing.assert_close(loss.total / count, torch.stack(means).mean())
+    assert not torch.isclose(loss.total / count, by_row.mean())
+
+
+def test_a_total_is_a_sum_so_any_split_of_the_rows_adds_up():
+    rows, head, signal, _, _ = setting()
+    plan = make_plan(
+        "jsd", None, kd_ratio=0.4, temperature=1.0, scale_by_temperature_squared=None, support="full", token_weight="none"
+    )
+    whole = run_plan(plan, rows, head, signal.outcomes, TARGETS)
+    wanted = torch.autograd.grad(whole.total / N, rows)[0]
+    parts = [run_plan(plan, rows[part], head, signal.outcomes.rows(part), TARGETS[part]) for part in (slice(0, 3), slice(3, None))]
+    torch.testing.assert_close(sum(part.total for part in parts), whole.total)
+    torch.testing.assert_close(torch.autograd.grad(sum(part.total for part in parts) / N, rows)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("choice", "divergence", "kd_ratio", "temperature", "wanted"),
+    [
+        (None, "forward_kl", 0.5, 2.0, True), (None, "forward_kl", 1.0, 2.0, False), (None, "jsd", 0.5, 2.0, False),
+        (None, "forward_kl", 0.5, 1.0, False), (True, "jsd", 1.0, 2.0, True), (False, "forward_kl", 0.5, 2.0, False),
+    ],
+)
+def test_where_the_squared_temperature_is_the_default(choice, divergence, kd_ratio, temperature, wanted):
+    plan = make_plan(
+        divergence, None, kd_ratio=kd_ratio, temperature=temperature, scale_by_temperature_squared=choice, support="full", token_weight="none"
+    )
+    assert plan.squared is wanted
+
+
+def entropy(log_probs):
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def expected_weight(name, student, teacher):
+    if name == "teacher_entropy":
+        return entropy(teacher) / math.log(V)
+    if name == "student_entropy":
+        return entropy(student) / math.log(V)
+    if name == "teacher_confidence":
+        return (teacher.exp().max(-1).values >= 0.5).double()
+    if name == "entropy_gap":
+        return torch.where(entropy(teacher) > entropy(student), 3.0, 1.0).double()
+    by_row = DIVERGENCES["forward_kl"](student, teacher)
+    gap = (teacher.gather(-1, TARGETS[:, None]) - student.gather(-1, TARGETS[:, None])).abs().squeeze(-1)
+    weights = torch.zeros(N, dtype=torch.float64)
+    for response in RESPONSES.unique():
+        places = (RESPONSES == response).nonzero().squeeze(-1)
+        if name == "position":
+            for order, place in enumerate(places):
+                weights[place] = 1 + 0.5 * (1 - gap[places[:order]].sum() / gap[places].sum())
+        else:
+            keep = math.ceil(0.5 * len(places))
+            weights[places[by_row[places].argsort(descending=True)[:keep]]] = 1.0
+    return weights
+
+
+@pytest.mark.parametrize("name", [name for name in TOKEN_WEIGHTS if name != "none"])
+def test_a_token_weight_multiplies_the_divergence_of_its_row_and_is_constant(name):
+    rows, head, signal, student, teacher = setting()
+    loss, count = total_of(token_weight=name, kd_ratio=0.6)
+    assert count == N
+    weight = expected_weight(name, student, teacher)
+    torch.testing.assert_close(loss.by_row["token_weight"], weight)
+    assert 0 < weight.min() + weight.max()
+    assert weight.min() < weight.max()
+    log_probs = head.logits(rows).log_softmax(-1)
+    by_row = DIVERGENCES["forward_kl"](log_probs, teacher)
+    whole = 0.6 * (weight * by_row).sum() + 0.4 * torch.nn.functional.cross_entropy(log_probs, TARGETS, reduction="sum")
+    torch.testing.assert_close(loss.total, whole)
+    objective = DistributionMatching(token_weight=name, kd_ratio=0.6)
+    found = torch.autograd.grad(objective.total(rows, head, signal, BATCH).total, rows)
+    torch.testing.assert_close(found, torch.autograd.grad(whole, rows))
+
+
+def test_entropy_gap_weighs_the_two_directions_of_mixed_kl_apart():
+    rows, head, signal, student, teacher = setting()
+    loss, _ = total_of(divergence="mixed_kl", parameters={"forward_weight": 0.3}, token_weight="entropy_gap", kd_ratio=1.0)
+    gap = entropy(teacher) - entropy(student)
+    forward, reverse = torch.where(gap > 0, 3.0, 1.0), torch.where(gap < 0, 3.0, 1.0)
+    log_probs = head.logits(rows).log_softmax(-1)
+    whole = (0.3 * forward * DIVERGENCES["forward_kl"](log_probs, teacher) + 0.7 * reverse * DIVERGENCES["reverse_kl"](log_probs, teacher)).sum()
+    torch.testing.assert_close(loss.total, whole)
+    objective = DistributionMatching(divergence="mixed_kl", parameters={"forward_weight": 0.3}, token_weight="entropy_gap", kd_ratio=1.0)
+    found = torch.autograd.grad(objective.total(rows, head, signal, BATCH).total, rows)
+    torch.testing.assert_close(found, torch.autograd.grad(whole, rows))
+
+
+def test_weights_within_a_response_do_not_depend_on_the_others():
+    divergence = torch.tensor([1.0, 5.0, 2.0, 9.0, 8.0, 7.0])
+    one = sequence_weight("top_share", {"share": 0.4}, torch.tensor([4, 4, 4, 9, 9, 9]), divergence, divergence)
+    assert one.tolist() == [0, 1, 1, 1, 1, 0]
+    alone = sequence_weight("position", {"position_gain": 1.0}, torch.tensor([4, 4, 4]), divergence[:3], divergence[:3])
+    both = sequence_weight("position", {"position_gain": 1.0}, torch.tensor([4, 4, 4, 9, 9, 9]), divergence, divergence)
+    torch.testing.assert_close(both[:3], alone)
+    torch.testing.assert_close(alone, torch.tensor([2.0, 2 - 1 / 8, 2 - 6 / 8]))
+
+
+def test_a_row_weight_of_zero_is_a_row_that_is_not_there():
+    rows, head, signal, _, _ = setting()
+    plan = make_plan("jsd", None, kd_ratio=0.4, temperature=1.0, scale_by_temperature_squared=None, support="full", token_weight="none")
+    keep = torch.arange(N) % 3 != 0
+    loss = run_plan(plan, rows, head, signal.outcomes, TARGETS, row_weights=keep.double())
+    outcomes = FullOutcomes(signal.outcomes.hidden[keep], signal.outcomes.head)
+    fewer = run_plan(plan, rows[keep], head, outcomes, TARGETS[keep])
+    torch.testing.assert_close(loss.total, fewer.total)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, rows), torch.autograd.grad(fewer.total, rows))
+
+
+def test_every_choice_of_the_catalogue_runs_or_is_refused_when_it_is_made():
+    ran = 0
+    for support in SUPPORTS:
+        for weight in TOKEN_WEIGHTS:
+            for reduction in REDUCTIONS:
+                try:
+                    check_choice("forward_kl", support, weight)
+                except ConfigError:
+                    with pytest.raises(ConfigError):
+                        DistributionMatching(support=support, token_weight=weight, reduction=reduction)
+                    continue
+                loss, _ = total_of(support=support, token_weight=weight, reduction=reduction)
+                assert loss.total.isfinite()
+                ran += 1
+    assert ran > 30
+
+
+def test_details_are_counted_only_where_asked():
+    rows, head, signal, student, teacher = setting()
+    plan = make_plan("jsd", None, kd_ratio=0.4, temperature=1.0, scale_by_temperature_squared=None, support="full", token_weight="none")
+    assert set(run_plan(plan, rows, head, signal.outcomes, TARGETS).by_row) == {"cross_entropy", "divergence"}
+    found = run_plan(plan, rows, head, signal.outcomes, TARGETS, details=True).by_row
+    torch.testing.assert_close(found["student_entropy"], entropy(student))
+    torch.testing.assert_close(found["teacher_entropy"], entropy(teacher))
+    torch.testing.assert_close(found["top1_agreement"], (student.argmax(-1) == teacher.argmax(-1)).double())
+
+
+def test_a_missing_answer_and_a_wrong_reduction_are_refused():
+    rows, head, _, _, _ = setting()
+    with pytest.raises(IncompatibleError, match="needs the teacher's full outcomes"):
+        DistributionMatching().total(rows, head, TeacherSignal(), BATCH)
+    with pytest.raises(ConfigError, match="token_mean, seq_mean"):
+        DistributionMatching(reduction="mean")
+
+
+def test_the_catalogue_is_read_without_torch():
+    program = "import sys, potstill.objectives.catalogue; assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_room_imports_nothing_of_hugging_face():
+    program = "import sys, potstill.objectives as o; o.DIVERGENCES; o.fused_distillation_loss; assert not {'transformers', 'pydantic', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
