@@ -108,6 +108,12 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
     assert "kd<b>" in reader.text
 
 
+def test_plotly_is_given_names_as_text_and_not_as_markup(tmp_path):
+    """Plotly reads a little HTML in names; a run called kd<b> must be shown as it is called."""
+    page = render(summarise_all([make_run(tmp_path / "kd<b>", "plain"), make_run(tmp_path / "sft", "plain")]))
+    assert '"name":"kd&lt;b&gt;, validation"' in page
+
+
 def test_without_plotly_the_curves_are_tables(runs, monkeypatch):
     monkeypatch.setattr(figures, "has_plotly", lambda: False)
     monkeypatch.setattr("potstill.reporting.page.has_plotly", lambda: False)
