@@ -40,12 +40,12 @@ class Plan:
     teacher: Size = _TEACHER
     student: Size = _STUDENT
     teacher_rows: int = 30_000
-    transfer_rows: int = 1_000
+    transfer_rows: int = 2_000
     validation_rows: int = 180
     test_rows: int = 450
-    teacher_steps: int = 1_500
-    student_steps: int = 500
-    batch_size: int = 5
+    teacher_steps: int = 2_400
+    student_steps: int = 800
+    batch_size: int = 2
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     curve_points: int = 8
