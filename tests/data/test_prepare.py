@@ -308,6 +308,18 @@ def test_a_fraction_is_held_out_disjoint_seeded_and_duplicates_stay_together(tmp
         prepare(_config(tmp_path, [INSTRUCT[0]] * 3, validation=0.5), tokenizer, seed=0)
 
 
+def test_the_pieces_of_a_split_text_are_held_out_together(tmp_path):
+    rows = [{"text": letter * 40} for letter in "abcdefgh"] + [{"text": "a" * 40}]
+    config = _config(tmp_path, rows, format="text", max_tokens=16, too_long="split", validation=0.3)
+    data = prepare(config, tiny_tokenizer(), seed=0)
+    train, validation = ({example.origin for example in examples} for examples in (data.train, data.validation or ()))
+    assert train
+    assert validation
+    assert not train & validation
+    assert len({f"{tmp_path}/rows.jsonl:1", f"{tmp_path}/rows.jsonl:9"} & train) in (0, 2)
+    assert [len(row) for row in data.train.rows] == [3] * len(train)
+
+
 def test_rows_shared_with_a_validation_file_are_counted(tmp_path):
     validation = _file(tmp_path, [*INSTRUCT[:3], {"instruction": "new", "input": "", "output": "row"}], "validation.jsonl")
     data = prepare(_config(tmp_path, INSTRUCT, validation=validation), tiny_tokenizer(), seed=0)

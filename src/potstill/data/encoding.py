@@ -94,7 +94,8 @@ def _differing(text: str, start: int, place: int, part: list[int], whole: list[i
     return (
         f"the tokens up to {text[max(start, place - 20):place]!r} are not the first tokens of the whole, which goes on with "
         f"{text[place:place + 20]!r}: token {first + 1} there is {a}, in the whole it is {b}. "
-        "Let no white space stand where prompt and answer meet, or use a template with {% generation %} marks"
+        "Let them meet where a token ends (often a line end after the prompt, or a space that begins the answer), "
+        "or use a template with {% generation %} marks"
     )
 
 

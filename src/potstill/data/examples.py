@@ -1,5 +1,6 @@
 """Prepared examples in flat arrays, and what became of the rows. Knows tokens and counts; knows no tokenizer and no file."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import overload
@@ -72,6 +73,13 @@ class ExampleSet(Sequence[Example]):
     def origin(self, index: int) -> str:
         source, number = self._places[index]
         return f"{self._sources[source]}:{number}"
+
+    @property
+    def rows(self) -> list[range]:
+        """The examples of each row of the sources: one, or the pieces that `too_long: split` made of it."""
+        new = np.flatnonzero((self._places[1:] != self._places[:-1]).any(axis=1)) + 1 if len(self) else []
+        starts = [0, *map(int, new), len(self)]
+        return [range(start, end) for start, end in itertools.pairwise(starts) if end > start]
 
     @property
     def lengths(self) -> np.ndarray:

@@ -84,10 +84,11 @@ def _prepare(preparation: "_Preparation", config: DataConfig, seed: int) -> Prep
 
 
 def split(examples: ExampleSet, fraction: float, seed: int) -> tuple[ExampleSet, ExampleSet]:
-    """(train, validation): a seeded fraction held out. Equal examples stay together, so that no validation row is trained on."""
+    """(train, validation): a seeded fraction held out. Equal rows and the pieces of one row stay together, so that no validation
+    row is trained on."""
     groups: dict[bytes, list[int]] = {}
-    for index in range(len(examples)):
-        groups.setdefault(examples.digest(index), []).append(index)
+    for pieces in examples.rows:
+        groups.setdefault(b"".join(map(examples.digest, pieces)), []).extend(pieces)
     if len(groups) < 2:
         raise DataError(f"data.validation: {fraction} cannot be held out of {len(examples)} usable rows of which {len(groups)} differ; "
                         "give more rows, a validation file, or null")
@@ -226,8 +227,8 @@ class _Preparation:
             what = {"empty": counts.empty, "unfinished": counts.unfinished, "too long": counts.dropped, "rejected": counts.rejected}
             why = ", ".join(f"{number} {name}" for name, number in what.items() if number)
             self.refuse(
-                f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers (in a chat, turns of the role assistant): "
-                f"look at data.format = {self.config.format}, data.columns and data.max_tokens"
+                f"{key}: 0 of {counts.rows} rows have target tokens ({why}). Training needs answers (in a chat, turns of the role "
+                f"assistant): look at data.format = {self.config.format}, data.columns and data.max_tokens"
             )
 
 
