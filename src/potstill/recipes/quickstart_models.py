@@ -35,7 +35,10 @@ class Size:
 
 
 def train_tokenizer(rows: Iterable[Mapping[str, str]], vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE whose digits stand alone (with the space before them), with four special tokens and a chat template that marks what is to be learned."""
+    """A byte-level BPE with four special tokens and a chat template that marks what is to be learned.
+
+    Digits stand alone, each with the space before it: a number beside a word is then one token beside another.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
