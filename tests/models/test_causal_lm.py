@@ -89,9 +89,10 @@ def test_a_head_that_its_configuration_does_not_describe_is_refused(family):
         ("granite", "logits_scaling", 1.0), ("falcon_h1", "lm_head_multiplier", 1.0),
     ],
 )
-def test_the_proof_sees_every_part_of_the_arithmetic(family, key, wrong):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_proof_sees_every_part_of_the_arithmetic(family, key, wrong, dtype):
     """With the wrong number in our reading alone, the proof must fail, however small the random model's logits are."""
-    model = family_model(family)
+    model = family_model(family).to(dtype)
     right = getattr(model.config, key)
     setattr(model.config, key, wrong)
     causal_lm = CausalLM(model, 90)          # reads the wrong number

@@ -1,5 +1,6 @@
 """An exported student is the student: loaded by transformers alone it gives the same logits, and no crash leaves half of one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def test_a_merged_student_is_a_plain_model(base, lora, tmp_path):
     assert folders == [tmp_path / "run" / name for name in (["student"] if lora is None else ["adapter", "student"])]
     assert all(torch.equal(parameter, before[name]) for name, parameter in student.named_parameters()), "the live model is not touched"
     assert not (tmp_path / "run" / "student" / "adapter_config.json").exists()
+    apart = lora in (LORAS["on the head"], LORAS["head whole"])
+    if apart:  # said in the configuration, so that no reader ties them again
+        assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["tie_word_embeddings"] is False
     expected = probe_logits(student)
     assert typical_distance(reread(tmp_path / "run" / "student"), expected) < 1e-5
     assert typical_distance(expected, reread(base)) > 1e-2, "the training was not a no-op"
