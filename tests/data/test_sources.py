@@ -120,6 +120,23 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error(monkeypatch):
         _read("nobody/nothing-of-this-name")
 
 
+def test_a_hub_data_set_is_asked_for_its_subset_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(path, **named):
+        asked.append((path, named))
+        return datasets.Dataset.from_list([*ROWS, {"prompt": "a\x00", "completion": ""}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rejects = Rejects(allowed=1)
+    rows = read_source(MixtureItem(path="someone/rows", subset="en", split="test"), rejects)
+    assert asked == [("someone/rows", {"name": "en", "split": "test"})]
+    assert [(row.origin, row.values) for row in rows] == [(f"someone/rows:{number}", row) for number, row in enumerate(ROWS, start=1)]
+    assert rejects.items[0].origin == "someone/rows:6"
+
+
 def test_mixture_weights_are_the_shares_of_the_rows_drawn():
     drawn = draw_mixture([1000, 300, 50], [6.0, 3.0, 1.0], None, seed=0)
     assert [len(rows) for rows in drawn] == [300, 150, 50]  # the smallest source is used whole and bounds the rest

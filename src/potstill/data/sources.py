@@ -40,7 +40,7 @@ def read_source(item: MixtureItem, rejects: Rejects, text_rows: str = "line") ->
     elif item.path.endswith(SUFFIXES) or item.path.startswith(("/", ".", "~")) or not _HUB_NAME.fullmatch(item.path):
         raise DataError(f"{item.path}: no such file")
     else:
-        rows = list(_read_hub(item))
+        rows = list(_checked(item.path, enumerate(_read_hub(item), start=1), rejects))
     if not rows:
         raise DataError(f"{item.path}: holds no usable row" + (f" ({len(rejects.items)} bad ones)" if rejects.items else ""))
     return rows
@@ -63,7 +63,7 @@ def _read_file(path: Path, rejects: Rejects, text_rows: str) -> Iterator[Row]:
     raise DataError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
 
 
-def _checked(path: Path, numbered: Iterator[tuple[int, Any]], rejects: Rejects) -> Iterator[Row]:
+def _checked(path: Path | str, numbered: Iterator[tuple[int, Any]], rejects: Rejects) -> Iterator[Row]:
     for number, value in numbered:
         try:
             yield Row(check_row(value), str(path), number)
@@ -154,7 +154,7 @@ def _read_parquet(path: Path, rejects: Rejects) -> Iterator[Row]:
         raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from error
 
 
-def _read_hub(item: MixtureItem) -> Iterator[Row]:
+def _read_hub(item: MixtureItem) -> list[dict[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -165,8 +165,7 @@ def _read_hub(item: MixtureItem) -> Iterator[Row]:
         raise DataError(f"{item.path}: neither a file here nor a data set that can be loaded from the hub "
                         f"({type(error).__name__}: {first}). Check the name, the split and the network") from error
     assert isinstance(data, datasets.Dataset)  # a split was named
-    for number, values in enumerate(data, start=1):
-        yield Row(dict(values), item.path, number)
+    return data.to_list()
 
 
 def draw_mixture(sizes: list[int], weights: list[float] | None, limit: int | None, seed: int) -> list[np.ndarray]:
