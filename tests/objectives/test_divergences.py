@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from objectives import reference
 from torch import Tensor
 
+from objectives import reference
 from potstill.objectives import DIVERGENCES
 from potstill.objectives.catalogue import NEEDS_TARGETS, PARAMETERS
 from potstill.objectives.divergences import GRADIENTS

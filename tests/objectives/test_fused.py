@@ -13,7 +13,8 @@ from potstill.objectives.fused import fused_loss
 from potstill.signals import FullOutcomes, SampledOutcomes, TopKOutcomes
 
 NUM_ROWS, VOCABULARY, PADDED, WIDTH, TEACHER_WIDTH = 13, 11, 16, 6, 5
-CHUNKS = [Execution(group_rows=g, slice_rows=s, block_rows=b) for g, s, b in ((1, 1, 1), (3, 2, 1), (5, 3, 2), (NUM_ROWS, NUM_ROWS, NUM_ROWS))]
+_SIZES = ((1, 1, 1), (3, 2, 1), (5, 3, 2), (NUM_ROWS, NUM_ROWS, NUM_ROWS))
+CHUNKS = [Execution(group_rows=group, slice_rows=part, block_rows=block) for group, part, block in _SIZES]
 HEADS = ["plain", "bias", "scale", "softcap", "lora", "everything"]
 
 
@@ -181,7 +182,8 @@ def test_a_frozen_head_still_carries_the_gradient_of_rows_and_lora():
 def test_a_float32_lora_on_a_bfloat16_head():
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(20, 8, generator=generator).bfloat16()
-    delta = LowRank(torch.randn(2, 8, generator=generator).requires_grad_(), torch.randn(20, 2, generator=generator).requires_grad_(), 0.5)
+    down, up = torch.randn(2, 8, generator=generator).requires_grad_(), torch.randn(20, 2, generator=generator).requires_grad_()
+    delta = LowRank(down, up, 0.5)
     rows = torch.randn(9, 8, generator=generator).bfloat16().requires_grad_()
     head, targets = Head(weight, low_rank=(delta,)), torch.randint(0, 20, (9,), generator=generator)
     found = fused_loss(rows, head, None, targets, execution=Execution(group_rows=4))
@@ -198,7 +200,8 @@ def inputs(seed=0, num_rows=10, width=20):
     student, weight, teacher, teacher_weight = (
         torch.randn(*shape, generator=generator) for shape in ((num_rows, 6), (width, 6), (num_rows, 5), (width, 5))
     )
-    return student.requires_grad_(), weight.requires_grad_(), teacher, teacher_weight, torch.randint(0, width, (num_rows,), generator=generator)
+    targets = torch.randint(0, width, (num_rows,), generator=generator)
+    return student.requires_grad_(), weight.requires_grad_(), teacher, teacher_weight, targets
 
 
 def test_rows_that_are_ignored_may_hold_nan():

@@ -70,7 +70,7 @@ def test_a_mean_over_responses_is_a_mean_of_means():
     loss, count = total_of(kd_ratio=1.0, reduction="seq_mean")
     _, _, _, student, teacher = setting()
     by_row = DIVERGENCES["forward_kl"](student, teacher)
-    means = [by_row[RESPONSES == response].mean() for response in RESPONSES.unique()]
+    means = [by_row[response == RESPONSES].mean() for response in RESPONSES.unique()]
     assert count == len(means) == BATCH.num_responses
     torch.testing.assert_close(loss.total / count, torch.stack(means).mean())
     assert not torch.isclose(loss.total / count, by_row.mean())
@@ -97,7 +97,8 @@ def test_a_total_is_a_sum_so_any_split_of_the_rows_adds_up():
 )
 def test_where_the_squared_temperature_is_the_default(choice, divergence, kd_ratio, temperature, wanted):
     plan = make_plan(
-        divergence, None, kd_ratio=kd_ratio, temperature=temperature, scale_by_temperature_squared=choice, support="full", token_weight="none"
+        divergence, None, kd_ratio=kd_ratio, temperature=temperature, scale_by_temperature_squared=choice, support="full",
+        token_weight="none",
     )
     assert plan.squared is wanted
 
@@ -119,7 +120,7 @@ def expected_weight(name, student, teacher):
     gap = (teacher.gather(-1, TARGETS[:, None]) - student.gather(-1, TARGETS[:, None])).abs().squeeze(-1)
     weights = torch.zeros(N, dtype=torch.float64)
     for response in RESPONSES.unique():
-        places = (RESPONSES == response).nonzero().squeeze(-1)
+        places = (response == RESPONSES).nonzero().squeeze(-1)
         if name == "position":
             for order, place in enumerate(places):
                 weights[place] = 1 + 0.5 * (1 - gap[places[:order]].sum() / gap[places].sum())
@@ -136,7 +137,7 @@ def test_a_token_weight_multiplies_the_divergence_of_its_row_and_is_constant(nam
     assert count == N
     weight = expected_weight(name, student, teacher)
     torch.testing.assert_close(loss.by_row["token_weight"], weight)
-    assert 0 < weight.min() + weight.max()
+    assert weight.min() + weight.max() > 0
     assert weight.min() < weight.max()
     log_probs = head.logits(rows).log_softmax(-1)
     by_row = DIVERGENCES["forward_kl"](log_probs, teacher)
@@ -153,7 +154,8 @@ def test_entropy_gap_weighs_the_two_directions_of_mixed_kl_apart():
     gap = entropy(teacher) - entropy(student)
     forward, reverse = torch.where(gap > 0, 3.0, 1.0), torch.where(gap < 0, 3.0, 1.0)
     log_probs = head.logits(rows).log_softmax(-1)
-    whole = (0.3 * forward * DIVERGENCES["forward_kl"](log_probs, teacher) + 0.7 * reverse * DIVERGENCES["reverse_kl"](log_probs, teacher)).sum()
+    sides = DIVERGENCES["forward_kl"](log_probs, teacher), DIVERGENCES["reverse_kl"](log_probs, teacher)
+    whole = (0.3 * forward * sides[0] + 0.7 * reverse * sides[1]).sum()
     torch.testing.assert_close(loss.total, whole)
     objective = DistributionMatching(divergence="mixed_kl", parameters={"forward_weight": 0.3}, token_weight="entropy_gap", kd_ratio=1.0)
     found = torch.autograd.grad(objective.total(rows, head, signal, BATCH).total, rows)
@@ -222,5 +224,8 @@ def test_the_catalogue_is_read_without_torch():
 
 
 def test_the_room_imports_nothing_of_hugging_face():
-    program = "import sys, potstill.objectives as o; o.DIVERGENCES; o.fused_distillation_loss; assert not {'transformers', 'pydantic', 'peft'} & set(sys.modules)"
+    program = (
+        "import sys, potstill.objectives as o; o.DIVERGENCES, o.fused_distillation_loss; "
+        "assert not {'transformers', 'pydantic', 'peft'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

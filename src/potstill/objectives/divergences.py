@@ -162,8 +162,8 @@ def adaptive_kl_gradient(pair: Pair, *, mu: float = 0.5) -> NatsAndGradient:
     return mixed_kl_gradient(pair, forward_weight=head_share(pair.student, pair.teacher, mu))
 
 
-@torch.compiler.disable
 @torch.no_grad()
+@torch.compiler.disable()
 def head_share(student_log_probs: LogProbs, teacher_log_probs: LogProbs, mu: float) -> Nats:
     """The share of sum |p - q| that lies on the teacher's head; a half where student and teacher are equal."""
     teacher = teacher_log_probs.exp().flatten(0, -2)
@@ -250,10 +250,10 @@ def _centred(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tens
     """The differences less their mean over the outcomes that both sides allow, 0 elsewhere; and the number of those outcomes."""
     difference = student_log_probs - teacher_log_probs
     # Where nothing is excluded, as a look at the smallest entries tells, no mask over the vocabulary is needed.
-    if not torch.compiler.is_compiling() and difference.device.type == "cpu" and difference.numel():
-        if float(torch.minimum(student_log_probs.detach().amin(), teacher_log_probs.detach().amin())) > EXCLUDED:
-            num_outcomes = torch.full_like(difference[..., :1], difference.shape[-1])
-            return difference - difference.mean(-1, keepdim=True), num_outcomes
+    looks = not torch.compiler.is_compiling() and difference.device.type == "cpu" and difference.numel() > 0
+    if looks and float(torch.minimum(student_log_probs.detach().amin(), teacher_log_probs.detach().amin())) > EXCLUDED:
+        num_outcomes = torch.full_like(difference[..., :1], difference.shape[-1])
+        return difference - difference.mean(-1, keepdim=True), num_outcomes
     valid = (student_log_probs > EXCLUDED) & (teacher_log_probs > EXCLUDED)
     difference = torch.where(valid, student_log_probs, 0.0) - torch.where(valid, teacher_log_probs, 0.0)
     num_outcomes = valid.sum(-1, keepdim=True).clamp_min(1).to(difference.dtype)
