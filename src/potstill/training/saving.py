@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from potstill import storage
 from potstill.errors import IncompatibleError
 from potstill.run_folder import RunFolder
 from potstill.training import checkpoint, state
@@ -146,3 +147,13 @@ def refuse_smaller(step: int, num_steps: int) -> None:
             f"the run has already taken {step} steps, and the recipe now asks for {num_steps}; "
             f"ask for at least {step}, or --fresh starts over"
         )
+
+
+def refuse_full_disk(saver: Saver, model: nn.Module) -> None:
+    """Raises StorageError where the checkpoints that are to be kept, and the one being written, will not fit beside what is there.
+
+    A checkpoint holds each trained weight three times: AdamW keeps two moments of it.
+    """
+    one = 3 * sum(parameter.numel() * parameter.element_size() for parameter in state.trainable_parameters(model).values())
+    there = len(list(saver.folder.checkpoints.glob("step-*")))
+    saver.ranks.on_first(lambda: storage.require_free(saver.folder.checkpoints, one * max(1, saver.keep + 1 - there)))

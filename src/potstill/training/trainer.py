@@ -20,7 +20,7 @@ from potstill.training.interruption import SignalWatch
 from potstill.training.measuring import peak_gib
 from potstill.training.order import Division, GlobalOrder
 from potstill.training.processes import Ranks, launched_ranks
-from potstill.training.saving import Progress, Saver, refuse_smaller
+from potstill.training.saving import Progress, Saver, refuse_full_disk, refuse_smaller
 from potstill.training.seam import DistillationTrainer, Feed
 
 _log = logging.getLogger("potstill")
@@ -82,6 +82,7 @@ def train(
         for note in saver.look_for_checkpoint():
             _log.warning(note)
         refuse_smaller(saver.progress.step, num_steps)
+        refuse_full_disk(saver, distiller)
         progress = saver.progress
         if progress.evaluation_pending or (progress.step < num_steps and not progress.stopped_early):
             trainer = DistillationTrainer(
