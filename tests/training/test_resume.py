@@ -142,9 +142,19 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
     assert digest(weights(longer)) == digest(weights(execute(run.but(steps=11), tmp_path / "straight")[0]))
 
 
-def test_the_schedule_bends_to_a_new_end(tmp_path):
+def test_the_schedule_bends_to_a_new_end(tmp_path, monkeypatch):
+    from potstill.training.seam import DistillationTrainer
+
     execute(RUN.but(steps=6), tmp_path / "run")
+    used, guard = {}, DistillationTrainer.refuse_non_finite
+
+    def look(trainer):
+        used[trainer.state.global_step + 1] = trainer.optimizer.param_groups[0]["lr"]
+        guard(trainer)
+
+    monkeypatch.setattr(DistillationTrainer, "refuse_non_finite", look)
     execute(RUN.but(steps=12), tmp_path / "run")
+    assert [used[step] for step in (7, 12)] == pytest.approx([1e-2 * 6 / 11, 1e-2 / 11])
     rates = {line["step"]: line["learning_rate"] for line in RunFolder.read(tmp_path / "run").read_metrics() if "loss" in line}
     assert [rates[step] for step in (7, 12)] == pytest.approx([1e-2 * 6 / 11, 1e-2 / 11])
 
