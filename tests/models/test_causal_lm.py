@@ -68,9 +68,10 @@ def test_packed_documents_are_as_if_alone(family):
     assert supports_packing(causal_lm)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(LEAKING))
-def test_a_model_whose_packed_documents_see_each_other_is_refused_with_the_remedy(family):
-    causal_lm = CausalLM(family_model(family), 90)
+def test_a_model_whose_packed_documents_see_each_other_is_refused_with_the_remedy(family, dtype):
+    causal_lm = CausalLM(family_model(family).to(dtype), 90)
     assert not supports_packing(causal_lm)
     with pytest.raises(ModelError, match=r"data\.packing: false"):
         refuse_leaking_packing(causal_lm)

@@ -16,6 +16,8 @@ from potstill.models.causal_lm import CausalLM
 
 # How far two ways through the same weights may lie apart, relative to the largest value, by the coarser dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How far a document's states may typically move when another one changes: not at all, but experts are then multiplied in other shapes.
+_UNTOUCHED = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 # Logits of this size show a soft-cap that small logits would hide.
 _LOUD = 60.0
 
@@ -128,7 +130,7 @@ def supports_packing(causal_lm: CausalLM) -> bool:
         beside_one, beside_another = packed(2), packed(3)
         alone = causal_lm.hidden(_batch(follower, positions[:1, first:], torch.zeros_like(follower)))
         # What stands before must not matter at all; alone may differ by rounding, since the kernels see other shapes.
-        untouched = relative_distance(beside_another, beside_one) <= torch.finfo(beside_one.dtype).eps
+        untouched = typical_distance(beside_another, beside_one) <= _UNTOUCHED[beside_one.dtype]
         return untouched and _equal(beside_one, alone.expand_as(beside_one))
 
 
