@@ -24,11 +24,15 @@ ROWS = [{"instruction": "Add 1 and 2", "input": "", "output": "3"}, {"instructio
 
 
 def potstill(*arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    told = Path(arguments and cwd or "/tmp") / f"told-{os.getpid()}"
+    told = Path(cwd or "/tmp") / f"told-{os.getpid()}"
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments, str(told)], capture_output=True, text=True, timeout=120, cwd=cwd,
+        [sys.executable, "-c", PROBE, *arguments, str(told)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100", **(environment or {})},
-    )  # fmt: skip
+    )
     done.imported_torch = told.read_text() == "True"  # type: ignore[attr-defined]
     told.unlink()
     return done
@@ -62,7 +66,11 @@ MISTAKES = {
     "missing student": (lambda p: recipe(p, "/model", "/modle"), "student.path: "),
     "no model": (lambda p: (p / "model" / "config.json").unlink(), "no config.json there"),
     "missing teacher": (lambda p: recipe(p, "data:", f"teacher: {{path: {p}/teacher}}\ndata:"), "teacher.path: "),
-    "missing adapter": (lambda p: recipe(p, "data:", f"teacher: {{path: {p}/model, adapter: {p}/nothing}}\ndata:"), "potstill finetune"),
+    "missing adapter": (
+        lambda p: recipe(p, "data:", f"teacher: {{path: {p}/model, adapter: {p}/nothing}}\ndata:"),
+        "potstill finetune",
+    ),
+    "missing tracker": (lambda p: recipe(p, "/run}", "/run, trackers: [wandb]}"), "pip install 'potstill[wandb]'"),
     "teacher not wanted": (lambda p: recipe(p, "data:", f"teacher: {{path: {p}/model}}\ndata:"), "potstill distill"),
 }
 
@@ -84,11 +92,18 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch(place, mistake):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["frobnicate"], "No such command"), (["distill"], "Missing argument"), (["distill", "x", "--frsh"], "No such option"),
-     (["distill", "qwen2-0.5b-sft"], "potstill finetune"), (["evaluate", "nowhere/at/all", "--data", "x.jsonl"], "no such folder"),
-     (["evaluate", ".", "--data", "x.jsonl", "--format", "instrct"], "data.format: must be one of instruct"),
-     (["report", "nowhere"], "nowhere"), (["export", "nowhere", "--output", "x"], "no run here"), (["recipes", "show", "qwen2"], "near it")],
-)  # fmt: skip
+    [
+        (["frobnicate"], "No such command"),
+        (["distill"], "Missing argument"),
+        (["distill", "x", "--frsh"], "No such option"),
+        (["distill", "qwen2-0.5b-sft"], "potstill finetune"),
+        (["evaluate", "nowhere/at/all", "--data", "x.jsonl"], "no such folder"),
+        (["evaluate", ".", "--data", "x.jsonl", "--format", "instrct"], "data.format: must be one of instruct"),
+        (["report", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--output", "x"], "no run here"),
+        (["recipes", "show", "qwen2"], "near it"),
+    ],
+)
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, said):
     done = potstill(*arguments, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
@@ -119,10 +134,19 @@ def test_a_terminal_command_in_a_name_is_written_as_an_escape(place):
 
 def test_a_mistake_of_ours_keeps_its_traceback_and_no_secret(place):
     environment = {"HF_TOKEN": "hf_canaryCANARYcanary0123456789"}
-    code = PROBE.replace("main(sys.argv[1:-1])", "import potstill.recipes.read as r\ndef broken(*_): raise RuntimeError('x hf_canaryCANARYcanary0123456789')\n"
-                         "r.read_recipe = broken\nmain(sys.argv[1:-1])")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, "check", "r.yaml", str(place / "told")], capture_output=True, text=True, cwd=place,
-                          env=os.environ | environment, timeout=60)  # fmt: skip
+    code = PROBE.replace(
+        "main(sys.argv[1:-1])",
+        "import potstill.recipes.read as r\ndef broken(*_): raise RuntimeError('x hf_canaryCANARYcanary0123456789')\n"
+        "r.read_recipe = broken\nmain(sys.argv[1:-1])",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "r.yaml", str(place / "told")],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env=os.environ | environment,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr
     assert "canary" not in done.stderr
@@ -130,8 +154,12 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_no_secret(place):
 
 
 def test_an_interrupt_is_exit_code_130(place):
-    code = PROBE.replace("main(sys.argv[1:-1])", "import potstill.recipes.read as r\ndef broken(*_): raise KeyboardInterrupt\n"
-                         "r.read_recipe = broken\nmain(sys.argv[1:-1])")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, "check", "r.yaml", str(place / "told")], capture_output=True, text=True, cwd=place, timeout=60)
+    code = PROBE.replace(
+        "main(sys.argv[1:-1])",
+        "import potstill.recipes.read as r\ndef broken(*_): raise KeyboardInterrupt\nr.read_recipe = broken\nmain(sys.argv[1:-1])",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "r.yaml", str(place / "told")], capture_output=True, text=True, cwd=place, timeout=60
+    )
     assert done.returncode == 130
     assert "Traceback" not in done.stderr

@@ -59,7 +59,9 @@ def finetune(
     _train("finetune", recipe, overrides, fresh, override_resume, quiet)
 
 
-def _train(command: Literal["distill", "finetune"], name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool) -> None:
+def _train(
+    command: Literal["distill", "finetune"], name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool
+) -> None:
     from potstill.recipes.precheck import precheck
     from potstill.recipes.read import read_recipe, refuse_command
 
@@ -161,6 +163,14 @@ def export(
 
     for folder in export_run(config, Path(output), merge=merge):
         sys.stdout.write(_safe(f"written to {folder}\n"))
+
+
+@recipes_app.command("keys")
+def show_keys() -> None:
+    """Prints every key that a recipe may have: what it holds, its default, what it means."""
+    from potstill.recipes.reference import markdown
+
+    sys.stdout.write(markdown())
 
 
 # ---------------------------------------------------------------- what every command shares

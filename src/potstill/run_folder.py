@@ -19,9 +19,10 @@ from potstill.lock import Lock
 from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
+REJECTED = "rejected.jsonl"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
-KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", METRICS, SAMPLES, ENVIRONMENT, RECIPE)
+KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", REJECTED, METRICS, SAMPLES, ENVIRONMENT, RECIPE)
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")
 

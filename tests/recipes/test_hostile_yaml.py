@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from potstill.errors import ConfigError
 from potstill.recipes.text import parse
 
@@ -75,7 +76,9 @@ assert "torch" not in sys.modules
 def test_each_is_refused_within_a_second_and_without_memory():
     from pathlib import Path
 
-    done = subprocess.run([sys.executable, "-c", WORKER.format(folder=str(Path(__file__).parent))], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER.format(folder=str(Path(__file__).parent))], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -88,7 +91,9 @@ def test_what_is_not_a_mapping_is_no_recipe(tmp_path, text):
         read_recipe(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe\x00", "not UTF-8"), (b"a: '" + b"x" * 2**20 + b"'", "larger than 1 MiB")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\xff\xfe\x00", "not UTF-8"), (b"a: '" + b"x" * 2**20 + b"'", "larger than 1 MiB")]
+)
 def test_a_file_that_is_no_text_is_refused(tmp_path, content, said):
     from potstill.recipes.read import read_recipe
 

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+
 from potstill.errors import ConfigError
+from potstill.models.config import LoraConfig
 from potstill.objectives import catalogue
+from potstill.recipes.mistakes import _models
 from potstill.recipes.read import library, read_recipe, recipe_from_values
 from potstill.recipes.schema import PARAMETER_KEYS, ObjectiveConfig, Recipe
 from potstill.recipes.text import parse, read_scalar
@@ -50,8 +53,13 @@ def changed(name: str, path: tuple[str, ...]):
 
 def test_the_library_holds_the_published_runs_and_their_twins():
     assert set(library()) == {
-        "llama3.1-8b-teacher-lora", "llama3.2-1b-from-8b", "llama3.2-1b-sft", "qwen2-1.5b-teacher-lora", "qwen2-0.5b-from-1.5b", "qwen2-0.5b-sft",
-    }  # fmt: skip
+        "llama3.1-8b-teacher-lora",
+        "llama3.2-1b-from-8b",
+        "llama3.2-1b-sft",
+        "qwen2-1.5b-teacher-lora",
+        "qwen2-0.5b-from-1.5b",
+        "qwen2-0.5b-sft",
+    }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -72,7 +80,9 @@ def test_the_llama_student_is_as_published():
     assert (objective.divergence, objective.kd_ratio, objective.temperature) == ("forward_kl", 0.5, 1.0)
 
 
-@pytest.mark.parametrize(("student", "twin"), [("llama3.2-1b-from-8b", "llama3.2-1b-sft"), ("qwen2-0.5b-from-1.5b", "qwen2-0.5b-sft")])
+@pytest.mark.parametrize(
+    ("student", "twin"), [("llama3.2-1b-from-8b", "llama3.2-1b-sft"), ("qwen2-0.5b-from-1.5b", "qwen2-0.5b-sft")]
+)
 def test_a_twin_differs_by_the_teacher_alone(student, twin):
     taught, alone = read_recipe(student), read_recipe(twin)
     assert alone.teacher is None
@@ -80,7 +90,10 @@ def test_a_twin_differs_by_the_teacher_alone(student, twin):
     assert (taught.student, taught.data, taught.training) == (alone.student, alone.data, alone.training)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("llama3.2-1b-from-8b", "llama3.1-8b-teacher-lora"), ("qwen2-0.5b-from-1.5b", "qwen2-1.5b-teacher-lora")])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [("llama3.2-1b-from-8b", "llama3.1-8b-teacher-lora"), ("qwen2-0.5b-from-1.5b", "qwen2-1.5b-teacher-lora")],
+)
 def test_the_teacher_of_a_student_is_what_its_own_recipe_trains(student, teacher):
     taught, trained = read_recipe(student).teacher, read_recipe(teacher)
     assert taught.path == trained.student.path
@@ -114,19 +127,23 @@ def test_a_key_in_the_wrong_section_is_refused(name, path):
             continue
         value = holder.pop(path[-1])
         target[path[-1]] = value
-        try:
-            read = recipe_from_values(values)
-        except ConfigError as error:
-            assert path[-1] in str(error)
-        else:  # the other section may have a key of this name, such as revision or adapter
-            assert path[-1] in type(getattr(read, section)).model_fields
+        fields = LoraConfig.model_fields if section == "lora" else _models(Recipe.model_fields[section].annotation)[0].model_fields
+        if path[-1] not in fields:  # else the other section has a key of this name too, such as path or seed
+            assert f".{path[-1]}: unknown key" in refusal(values)
 
 
 @pytest.mark.parametrize(("name", "path"), KEYS, ids=lambda value: value if isinstance(value, str) else ".".join(value))
 def test_a_wrong_type_is_refused_by_name(name, path):
     value = changed(name, path)[1][path[-1]]
-    wrong = {dict: [5, "text", [1]], list: [7, {"a": 1}], str: [[1], {"a": 1}, True], bool: ["yes", 2, []], int: ["x", "4", 1.5, True, []],
-             float: ["x", "1e-4", True, []], type(None): [["x"], {"a": 1}]}[type(value)]  # fmt: skip
+    wrong = {
+        dict: [5, "text", [1]],
+        list: [7, {"a": 1}],
+        str: [[1], {"a": 1}, True],
+        bool: ["yes", 2, []],
+        int: ["x", "4", 1.5, True, []],
+        float: ["x", "1e-4", True, []],
+        type(None): [["x"], {"a": 1}],
+    }[type(value)]
     for other in wrong:
         values, holder = changed(name, path)
         holder[path[-1]] = other
@@ -147,7 +164,9 @@ def test_a_duplicate_key_is_refused_with_both_lines(name, tmp_path):
             read_text(tmp_path, text)
 
 
-@pytest.mark.parametrize("path", [("student",), ("student", "path"), ("data",), ("data", "train"), ("training",), ("run",), ("run", "folder")])
+@pytest.mark.parametrize(
+    "path", [("student",), ("student", "path"), ("data",), ("data", "train"), ("training",), ("run",), ("run", "folder")]
+)
 def test_what_has_no_default_must_be_there(path):
     values, holder = changed("llama3.2-1b-from-8b", path)
     del holder[path[-1]]
@@ -156,11 +175,17 @@ def test_what_has_no_default_must_be_there(path):
 
 def test_all_mistakes_are_said_at_once_each_with_its_line(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        read_text(tmp_path, "student: {path: a}\ndata:\n  train: x\n  packng: true\ntraining: {steps: 1, learning_rate: fast}\nrun: {seed: -1}\n")
+        read_text(
+            tmp_path,
+            "student: {path: a}\ndata:\n  train: x\n  packng: true\ntraining: {steps: 1, learning_rate: fast}\nrun: {seed: -1}\n",
+        )
     lines = str(caught.value).splitlines()
     assert [line.split("r.yaml")[1].split(";")[0] for line in lines] == [
-        ":4: data.packng: unknown key", ":5: training.learning_rate: must be a number", ":6: run.folder: missing", ":6: run.seed: must be at least 0",
-    ]  # fmt: skip
+        ":4: data.packng: unknown key",
+        ":5: training.learning_rate: must be a number",
+        ":6: run.folder: missing",
+        ":6: run.seed: must be at least 0",
+    ]
     assert "did you mean packing?" in lines[0]
 
 
@@ -169,10 +194,31 @@ def test_all_mistakes_are_said_at_once_each_with_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("3.0e-4", 3e-4), ("5", 5), ("-3", -3), (".5", 0.5), ("no", "no"), ("off", "off"), ("yes", "yes"), ("010", "010"), ("1_000", "1_000"),
-     ("1:30", "1:30"), ("0x1F", "0x1F"), (".nan", ".nan"), (".inf", ".inf"), ("1e999", "1e999"), ("2026-11-21", "2026-11-21"), ("~", None), ("null", None),
-     ("", None), ("true", True), ("False", False), ("1.2.3", "1.2.3")],
-)  # fmt: skip
+    [
+        ("1e-4", 1e-4),
+        ("3.0e-4", 3e-4),
+        ("5", 5),
+        ("-3", -3),
+        (".5", 0.5),
+        ("no", "no"),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("010", "010"),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("0x1F", "0x1F"),
+        (".nan", ".nan"),
+        (".inf", ".inf"),
+        ("1e999", "1e999"),
+        ("2026-11-21", "2026-11-21"),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("true", True),
+        ("False", False),
+        ("1.2.3", "1.2.3"),
+    ],
+)
 def test_a_scalar_is_what_it_looks_like(text, value):
     assert read_scalar(text) == value
     assert type(read_scalar(text)) is type(value)
@@ -185,7 +231,13 @@ def test_a_number_where_text_is_wanted_is_the_text_as_written(tmp_path):
 
 def test_overrides_win_and_are_checked_like_the_file(tmp_path):
     text = "student: {path: a}\ndata: {train: x}\ntraining: {steps: 1}\nrun: {folder: f}\n"
-    overrides = ["training.learning_rate=1e-3", "student.lora.rank=4", "student.lora.targets=[q_proj, v_proj]", "teacher={path: t}", "run.folder=a: b #c"]
+    overrides = [
+        "training.learning_rate=1e-3",
+        "student.lora.rank=4",
+        "student.lora.targets=[q_proj, v_proj]",
+        "teacher={path: t}",
+        "run.folder=a: b #c",
+    ]
     recipe = read_text(tmp_path, text, *overrides)
     assert recipe.training.learning_rate == 1e-3
     assert (recipe.student.lora.rank, recipe.student.lora.targets) == (4, ["q_proj", "v_proj"])
@@ -195,17 +247,24 @@ def test_overrides_win_and_are_checked_like_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("training.stps=3", "training.stps: unknown key; did you mean steps?"), ("trainin.steps=3", "trainin: unknown key; did you mean training?"),
-     ("training.steps=x", "training.steps: must be a whole number"), ("training.steps", "section.key=value"), ("=3", "section.key=value"),
-     ("training.steps.more=3", "training.steps is 1 and holds no keys"), ("data.train=[", "not YAML"), ("data.train=!!python/name:os.system [1]", None),
-     ("data.train=['a', &b c]", "an anchor")],
-)  # fmt: skip
+    [
+        ("training.stps=3", "training.stps: unknown key; did you mean steps?"),
+        ("trainin.steps=3", "trainin: unknown key; did you mean training?"),
+        ("training.steps=x", "training.steps: must be a whole number"),
+        ("training.steps", "section.key=value"),
+        ("=3", "section.key=value"),
+        ("training.steps.more=3", "training.steps is 1 and holds no keys"),
+        ("data.train=[", "not YAML"),
+        ("data.train=!!python/name:os.system [1]", None),
+        ("data.train=['a', &b c]", "an anchor"),
+    ],
+)
 def test_a_bad_override_is_refused(tmp_path, override, said):
     text = "student: {path: a}\ndata: {train: x}\ntraining: {steps: 1}\nrun: {folder: f}\n"
     if said is None:  # unquoted text is text, whatever it looks like
         assert read_text(tmp_path, text, override).data.train == override.split("=", 1)[1]
         return
-    with pytest.raises(ConfigError, match="command line|section.key"):
+    with pytest.raises(ConfigError, match=r"command line|section\.key"):
         read_text(tmp_path, text, override)
     with pytest.raises(ConfigError) as caught:
         read_text(tmp_path, text, override)
@@ -225,18 +284,25 @@ def test_nothing_is_ever_expanded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"objective": {"divergence": "forward_kl"}}, "there is no teacher section"), ({"teacher": {"path": "t"}, "objective": {"divergence": "cross_entropy"}}, "never asks"),
-     ({"teacher": {"path": "t"}, "objective": {"divergence": "forward_kl", "beta": 0.5}}, "beta"),
-     ({"teacher": {"path": "t"}, "objective": {"divergence": "jsd", "alpha": 0.5}}, "it has beta"),
-     ({"teacher": {"path": "t"}, "objective": {"divergence": "jsd", "beta": 1.0}}, "forward_kl"),
-     ({"teacher": {"path": "t"}, "objective": {"divergence": "jsdd"}}, "jsd"),
-     ({"objective": {"divergence": "cross_entropy", "temperature": 2.0}}, "objective.temperature"),
-     ({"teacher": {"path": "t"}, "objective": {"kd_ratio": 1.5}}, "objective.kd_ratio: must be at most 1"),
-     ({"training": {"steps": 1, "epochs": 1}}, "exactly one of epochs and steps"), ({"training": {}}, "exactly one of epochs and steps"),
-     ({"training": {"steps": 1, "early_stopping": {"patience": 2}}}, "data.validation"), ({"training": {"steps": 1, "eval_steps": 2}}, "data.validation"),
-     ({"student": {"path": "a", "trust_remote_code": True}}, "40 hexadecimal digits"), ({"student": {"path": "a", "quantization": "4bit"}}, "add lora"),
-     ({"data": {"train": "x", "validation": 1.5}}, "fraction"), ({"data": {"train": "x", "columns": {"prompt": "p"}}}, "prompt")],
-)  # fmt: skip
+    [
+        ({"objective": {"divergence": "forward_kl"}}, "there is no teacher section"),
+        ({"teacher": {"path": "t"}, "objective": {"divergence": "cross_entropy"}}, "never asks"),
+        ({"teacher": {"path": "t"}, "objective": {"divergence": "forward_kl", "beta": 0.5}}, "beta"),
+        ({"teacher": {"path": "t"}, "objective": {"divergence": "jsd", "alpha": 0.5}}, "it has beta"),
+        ({"teacher": {"path": "t"}, "objective": {"divergence": "jsd", "beta": 1.0}}, "forward_kl"),
+        ({"teacher": {"path": "t"}, "objective": {"divergence": "jsdd"}}, "jsd"),
+        ({"objective": {"divergence": "cross_entropy", "temperature": 2.0}}, "objective.temperature"),
+        ({"teacher": {"path": "t"}, "objective": {"kd_ratio": 1.5}}, "objective.kd_ratio: must be at most 1"),
+        ({"training": {"steps": 1, "epochs": 1}}, "exactly one of epochs and steps"),
+        ({"training": {}}, "exactly one of epochs and steps"),
+        ({"training": {"steps": 1, "early_stopping": {"patience": 2}}}, "data.validation"),
+        ({"training": {"steps": 1, "eval_steps": 2}}, "data.validation"),
+        ({"student": {"path": "a", "trust_remote_code": True}}, "40 hexadecimal digits"),
+        ({"student": {"path": "a", "quantization": "4bit"}}, "add lora"),
+        ({"data": {"train": "x", "validation": 1.5}}, "fraction"),
+        ({"data": {"train": "x", "columns": {"prompt": "p"}}}, "prompt"),
+    ],
+)
 def test_what_does_not_fit_together_is_refused_with_the_way_out(change, said):
     assert said in refusal(MINIMAL | change)
 
@@ -265,5 +331,5 @@ def test_the_objective_has_a_key_for_every_parameter_of_the_catalogue():
 
 
 def test_a_missing_recipe_names_the_nearest_of_the_library():
-    with pytest.raises(ConfigError, match="near it: qwen2-0.5b-sft"):
+    with pytest.raises(ConfigError, match=r"near it: qwen2-0\.5b-sft"):
         read_recipe("qwen2-0.5b-stf")

@@ -5,13 +5,16 @@ Whatever can be refused without weights is refused before the run folder is made
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from shutil import which
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Literal, TypeVar
 
 import torch
+from transformers.utils import logging
 
 from potstill import storage
 from potstill.errors import PotstillError
@@ -27,13 +30,14 @@ from potstill.objectives.likelihood import Likelihood
 from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short
 from potstill.recipes.schema import Recipe
 from potstill.recipes.words import in_words, printable
-from potstill.run_folder import ENVIRONMENT, RECIPE, RunFolder
+from potstill.run_folder import ENVIRONMENT, RECIPE, REJECTED, RunFolder
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.teacher import require
 from potstill.training.distiller import Distiller
 from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
 from potstill.training.trainer import TrainingSummary, train
 
+T = TypeVar("T")
 Command = Literal["distill", "finetune"]
 # Compiling on a processor costs about half a minute; shorter runs do not earn it back.
 _STEPS_WORTH_COMPILING = 1000
@@ -52,17 +56,23 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
         return folder.path
     ranks = _join()
     quiet = quiet or not first
-    preparation = prepare_run(recipe, quiet=quiet)
+    _show_library_bars(not quiet and sys.stderr.isatty())
+    with TemporaryDirectory() as scratch:
+        preparation = prepare_run(recipe, quiet=quiet, rejects_file=Path(scratch) / REJECTED)
+        rejected = _text(Path(scratch) / REJECTED)
     opened = ranks.on_first(lambda: RunFolder.open(recipe.run.folder, recipe.resolved(), fresh=fresh, override_resume=override_resume))
     folder = opened or RunFolder.open(recipe.run.folder, recipe.resolved(), writer=False)
     with folder:
         for note in folder.notes:
             _say(note)
+        if rejected:
+            _say(f"{in_words(rejected.count(chr(10)), 'bad row')} left out; {folder.write_text(REJECTED, rejected)} says which and why")
         is_new = folder.status == "new"
         try:
-            distiller, teacher = load_parts(recipe, preparation)
-        except PotstillError:
-            ranks.on_first(lambda: _forget(folder) if is_new else None)
+            distiller, teacher = _on_every(ranks, lambda: load_parts(recipe, preparation))
+        except BaseException:
+            if is_new and folder.writer:
+                _forget(folder)
             raise
         if first:
             _say_start(recipe, preparation, distiller, folder)
@@ -88,6 +98,27 @@ def _join() -> Ranks:
     return Ranks()
 
 
+def _on_every(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; where it fails on one it fails on all, so that none waits for one that is gone."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if ranks.largest([failure is not None])[0]:
+        raise failure if failure is not None else PotstillError("another rank failed; its message says why")
+    return result  # type: ignore[return-value]
+
+
+def _show_library_bars(shown: bool) -> None:
+    """The bars of transformers for reading and writing weights: for eyes, not for files and not for every rank."""
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def _device() -> str:
     if not torch.accelerator.is_available():
         return "cpu"
@@ -98,12 +129,12 @@ def _device() -> str:
 # ---------------------------------------------------------------- the parts
 
 
-def prepare_run(recipe: Recipe, *, quiet: bool) -> Preparation:
+def prepare_run(recipe: Recipe, *, quiet: bool, rejects_file: Path | None = None) -> Preparation:
     """Tokenizers compared, data rendered. Raises PotstillError for what must fail, before any weight is read."""
     student, teacher, comparison = read_models(recipe)
     refuse_different(comparison, recipe.student.path, recipe.teacher.path if recipe.teacher else recipe.student.path)
     refuse_too_short(recipe, {"student": student, "teacher": teacher})
-    data, ids = prepare_data(recipe, student, quiet=quiet)
+    data, ids = prepare_data(recipe, student, quiet=quiet, rejects_file=rejects_file)
     return Preparation(student, teacher, comparison, data, ids)
 
 
@@ -128,10 +159,16 @@ def _compiles(choice: Literal["auto", "on", "off"], num_steps: int) -> Literal["
     return "on" if num_steps >= _STEPS_WORTH_COMPILING and (which("c++") or which("g++")) else "off"
 
 
+def _about_steps(recipe: Recipe, preparation: Preparation) -> int:
+    train = preparation.data.train
+    rows = train.num_tokens / recipe.data.max_tokens if recipe.data.packing else len(train)
+    return recipe.training.num_steps(ceil(rows / recipe.training.global_batch))
+
+
 def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, LocalTeacher | None]:
     """The student in its distiller, and the teacher; what is assumed of both is proven on them. Raises ModelError, IncompatibleError."""
     size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, _device()
-    objective = make_objective(recipe, size, num_steps=recipe.training.steps or 0)
+    objective = make_objective(recipe, size, num_steps=_about_steps(recipe, preparation))
     teacher = None
     if recipe.teacher is not None and recipe.objective.asks_teacher:
         loaded = load_model(

@@ -4,10 +4,11 @@ It looks only at what is on this machine; names on the hub are left to those who
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from potstill.data.config import DataConfig, MixtureItem
-from potstill.errors import ModelError
+from potstill.errors import ConfigError, ModelError
 from potstill.models.config import LoadingConfig
 from potstill.recipes.schema import Recipe
 
@@ -20,7 +21,18 @@ def precheck(recipe: Recipe) -> None:
     check_model("student", recipe.student)
     if recipe.teacher is not None and recipe.objective.asks_teacher:
         check_model("teacher", recipe.teacher)
+    check_trackers(recipe)
     check_data(recipe.data)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raises ConfigError where a tracker's package is not installed."""
+    for tracker in recipe.run.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"run.trackers: {tracker} is not installed: pip install 'potstill[{tracker}]', or leave it out: run.trackers=[]; "
+                "the run folder keeps every metric either way"
+            )
 
 
 def is_local(path: str) -> bool:
@@ -68,5 +80,5 @@ def check_data(config: DataConfig) -> None:
 
 def _sources(config: DataConfig) -> Iterable[MixtureItem]:
     yield from config.sources
-    if isinstance(config.validation, str):
-        yield MixtureItem(path=config.validation)
+    if config.held_out is not None:
+        yield config.held_out

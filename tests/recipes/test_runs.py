@@ -1,0 +1,317 @@
+"""Whole runs through the command line: distil, resume, start over, fine-tune, merge, measure; no secret and no socket left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from potstill.cli import main
+from potstill.run_folder import RunFolder
+from tiny import save_pair
+
+RECIPE = """student: {{path: {folder}/student}}
+teacher: {{path: {folder}/teacher}}
+data: {{train: {folder}/rows.jsonl, validation: 0.1, max_tokens: 96, too_long: truncate_right}}
+objective: {{divergence: forward_kl, kd_ratio: 0.5}}
+training: {{steps: 4, batch_size: 2, accumulation: 2, learning_rate: 1e-3, precision: float32, logging_steps: 1, save_steps: 2}}
+run: {{folder: {folder}/run}}
+"""
+LORA = "student.lora={rank: 2, alpha: 4, targets: [q_proj, v_proj]}"
+
+
+def potstill(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    return left.value.code if isinstance(left.value.code, int) else 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    save_pair(folder / "student", 0)
+    save_pair(folder / "teacher", 1, width=64)
+    rows = [{"instruction": f"Add {a} and {b}", "input": "", "output": f"{a} + {b} = {a + b}"} for a in range(6) for b in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "r.yaml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place) -> Path:
+    """The run folder of a finished distillation."""
+    if potstill("distill", place / "r.yaml", "--quiet") != 0:
+        pytest.fail("the first run failed")
+    return place / "run"
+
+
+def test_a_run_leaves_a_student_that_transformers_loads(place, finished):
+    folder = RunFolder.read(finished)
+    assert folder.status == "finished"
+    summary = folder.read_summary()
+    assert (summary["command"], summary["steps"]) == ("distill", 4)
+    assert folder.read_recipe()["objective"]["divergence"] == "forward_kl"
+    losses = [line["loss"] for line in folder.read_metrics() if "loss" in line]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    student, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(finished / "student"),
+        AutoTokenizer.from_pretrained(finished / "student"),
+    )
+    start = AutoModelForCausalLM.from_pretrained(place / "student")
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True))
+    assert tokenizer.chat_template is not None
+
+
+def test_a_finished_run_says_so_and_changes_nothing(place, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert potstill("distill", place / "r.yaml", "--quiet") == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_another_recipe_is_refused_and_named(place, finished, capsys):
+    assert potstill("distill", place / "r.yaml", "--quiet", "training.learning_rate=0.5") == 2
+    error = capsys.readouterr().err
+    assert "training.learning_rate: 0.001 -> 0.5" in error
+    assert "--fresh" in error
+
+
+def test_more_steps_go_on_and_fresh_starts_over(place, capsys):
+    folder = place / "longer"
+    arguments = ("distill", place / "r.yaml", "--quiet", f"run.folder={folder}")
+    assert potstill(*arguments, "training.steps=2") == 0
+    assert potstill(*arguments, "training.steps=3") == 0
+    assert RunFolder.read(folder).read_summary()["resumed_from"] == 2
+    assert [line["step"] for line in RunFolder.read(folder).read_samples()] == [1, 2, 3]
+    assert potstill(*arguments, "training.steps=2") == 2
+    assert potstill(*arguments, "training.steps=2", "--fresh") == 0
+    assert RunFolder.read(folder).read_summary()["resumed_from"] is None
+
+
+def test_a_run_that_never_began_refuses_no_mended_recipe(place, capsys):
+    folder = place / "mended"
+    arguments = ("distill", place / "r.yaml", "--quiet", f"run.folder={folder}", "training.steps=1")
+    assert potstill(*arguments, "student.lora={rank: 2, targets: [no_such_layer]}") == 2
+    assert "no_such_layer" in capsys.readouterr().err
+    assert RunFolder.look(folder, {}) == "new"
+    assert potstill(*arguments, LORA) == 0
+
+
+def test_finetune_with_lora_exports_adapter_and_merged_student_and_merges_again(place, capsys):
+    folder = place / "teacher-lora"
+    assert (
+        potstill(
+            "finetune",
+            place / "r.yaml",
+            "--quiet",
+            "teacher=null",
+            "objective=null",
+            LORA,
+            "training.steps=2",
+            f"run.folder={folder}",
+        )
+        == 0
+    )
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (folder / "student" / "adapter_config.json").exists()
+    again = place / "again"
+    assert potstill("export", folder, "--output", again, "--merge") == 0
+    merged, twice = (AutoModelForCausalLM.from_pretrained(at / "student") for at in (folder, again))
+    for ours, theirs in zip(merged.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # As the adapter of a teacher, as the library's recipes use it.
+    out = place / "taught"
+    adapted = (f"teacher.path={place}/student", f"teacher.adapter={folder}/adapter", "training.steps=1", f"run.folder={out}")
+    assert potstill("distill", place / "r.yaml", "--quiet", *adapted) == 0
+    assert potstill("distill", place / "r.yaml", "--quiet", f"teacher.adapter={folder}/adapter", f"run.folder={out}-2") == 2
+    assert "cannot be put on" in capsys.readouterr().err
+
+
+def test_the_distance_to_the_teacher_falls_and_evaluate_sees_it(place, capsys):
+    folder = place / "pure"
+    arguments = ("objective.kd_ratio=1", "training.steps=12", "training.learning_rate=5e-3", f"run.folder={folder}")
+    assert potstill("distill", place / "r.yaml", "--quiet", *arguments) == 0
+    found = []
+    for model in (place / "student", folder):
+        record = place / "record.json"
+        assert potstill("evaluate", model, "--data", place / "rows.jsonl", "--teacher", place / "teacher", "--output", record) == 0
+        found.append(json.loads(record.read_text())["models"][0]["metrics"])
+    assert found[1]["forward_kl"]["value"] < 0.9 * found[0]["forward_kl"]["value"]
+    assert found[1]["forward_kl"]["standard_error"] > 0
+    assert {"perplexity", "bits_per_byte", "reverse_kl", "jsd", "total_variation", "acceptance_rate", "entropy_gap"} <= set(
+        found[1]
+    )
+
+
+def test_bad_lines_that_may_be_left_out_are_kept_beside_the_run(place, capsys):
+    (place / "bad.jsonl").write_text((place / "rows.jsonl").read_text() + "{oops\n")
+    folder = place / "rejects"
+    arguments = (f"data.train={place}/bad.jsonl", "data.on_bad_line={skip: 1}", "training.steps=1", f"run.folder={folder}")
+    assert potstill("distill", place / "r.yaml", "--quiet", *arguments) == 0
+    assert "1 bad row left out" in capsys.readouterr().err
+    assert json.loads((folder / "rejected.jsonl").read_text())["origin"] == f"{place}/bad.jsonl:37"
+
+
+# ---------------------------------------------------------------- check
+
+
+def test_check_tells_the_pipeline_an_example_and_the_cost(place, capsys):
+    assert potstill("check", place / "r.yaml") == 0
+    shown = capsys.readouterr().out
+    for said in (
+        "who writes the text",
+        "the teacher answers",
+        "positions",
+        "outcomes",
+        "distance",
+        "0.5 x forward_kl + 0.5 x cross-entropy",
+        "⟦",
+        "<|im_end|>⟧",
+        "read        36",
+        "too long",
+        "mean the same to both",
+        "4 of 4 rows (2 x 2)",
+        "together",
+        "Nothing stands in the way",
+    ):
+        assert said in shown, said
+    example = shown[shown.index("are targets") :]
+    marked = example[example.rindex("⟦") + 1 : example.rindex("⟧")]
+    assert "=" in marked
+    assert "Add" not in marked
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.too_long=error", "data.max_tokens=20"], "data.too_long"),
+        (["data.max_tokens=4096"], "512 positions"),
+        ([LORA.replace("q_proj", "w_proj")], "w_proj"),
+        (["data.columns={output: answer}"], "answer"),
+    ],
+)
+def test_check_refuses_what_must_fail_with_the_remedy(place, capsys, overrides, said):
+    assert potstill("check", place / "r.yaml", *overrides) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused_by_check_and_by_the_run(place, capsys):
+    other = place / "swapped"
+    save_pair(other, 1)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    for command in ("check", "distill"):
+        assert potstill(command, place / "r.yaml", f"teacher.path={other}", f"run.folder={place}/never") == 2
+        assert "ids mean different tokens" in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
+def test_rows_without_an_answer_are_refused_before_a_model_is_loaded(place, capsys, monkeypatch):
+    monkeypatch.setattr("potstill.recipes.assemble.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (place / "empty.jsonl").write_text('{"instruction": "x", "input": "", "output": ""}\n' * 3)
+    arguments = (f"data.train={place}/empty.jsonl", "data.validation=null", f"run.folder={place}/never")
+    assert potstill("distill", place / "r.yaml", *arguments) == 2
+    assert "0 of 3 rows have target tokens" in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
+def test_content_cannot_command_the_terminal(place, capsys):
+    rows = [{"instruction": "\x1b]0;owned\x07 \x1b[2J", "input": "", "output": f"\x1b[31m{n}"} for n in range(4)]
+    (place / "ansi.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    potstill("check", place / "r.yaml", f"data.train={place}/ansi.jsonl", "data.validation=null")
+    shown = capsys.readouterr()
+    assert "\\x1b]0;owned" in shown.out
+    assert "\x1b]" not in shown.out
+    assert "\x1b[2J" not in shown.out
+
+
+# ---------------------------------------------------------------- secrets, sockets, ranks
+
+CANARY = "hf_canaryCANARYcanaryCANARYcanary12"
+
+
+def test_a_secret_is_in_no_output_and_no_file(place, capsys, monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, CANARY)
+    folder = place / "canary"
+    arguments = ("distill", place / "r.yaml", "training.steps=1", f"run.folder={folder}")
+    assert potstill(*arguments) == 0
+    assert potstill(*arguments, f"student.path=https://me:{CANARY}@example.org/model") == 2
+    assert potstill(*arguments, f"data.train=/nowhere/{CANARY}.jsonl") == 2
+    assert potstill("check", place / "r.yaml", f"training.{CANARY}=1") == 2
+    shown = capsys.readouterr()
+    assert CANARY not in shown.out + shown.err
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]
+
+
+def _listening() -> set[str]:
+    """Sockets of this process that listen, by inode."""
+    inodes = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    return {fields[9] for fields in lines if fields[3] == "0A" and fields[9] in inodes}
+
+
+def test_a_run_listens_on_no_socket(place):
+    seen, stop = set(), threading.Event()
+
+    def watch():
+        while not stop.wait(0.02):
+            seen.update(_listening())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    code = potstill("distill", place / "r.yaml", "--quiet", "training.steps=2", f"run.folder={place}/deaf")
+    stop.set()
+    thread.join()
+    assert code == 0
+    assert not seen
+
+
+def test_two_ranks_under_torchrun_make_the_run_of_one(place, finished):
+    folder = place / "ranks"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "potstill",
+            "distill",
+            str(place / "r.yaml"),
+            f"run.folder={folder}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished: 4 steps") == 1
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(at / "student").state_dict() for at in (finished, folder))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
+    assert [line["examples"] for line in RunFolder.read(folder).read_samples()] == [
+        line["examples"] for line in RunFolder.read(finished).read_samples()
+    ]
