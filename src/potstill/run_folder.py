@@ -22,7 +22,10 @@ RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.jso
 REJECTED = "rejected.jsonl"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
-KNOWN = (SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", REJECTED, METRICS, SAMPLES, ENVIRONMENT, RECIPE)
+KNOWN = (
+    SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", "non_finite.json", REJECTED, METRICS, SAMPLES,
+    ENVIRONMENT, RECIPE,
+)  # fmt: skip
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")
 
