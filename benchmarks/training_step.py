@@ -231,7 +231,7 @@ class Contender:
         except BrokenPipeError:
             return None
         for line in self._process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"wall"'):  # TRL prints its own lines, in Python's quotes
                 return json.loads(line)
         return None
 
