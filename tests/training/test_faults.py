@@ -149,6 +149,31 @@ def test_a_signal_commits_and_the_run_goes_on_from_there(phase, number, unbroken
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.parametrize("num_examples", [22, 24])
+def test_a_signal_in_the_last_evaluation_leaves_no_step_to_take(num_examples, tmp_path, monkeypatch):
+    """At the end of an epoch and inside of one: the run that goes on evaluates, and trains no further."""
+    steps = 8 if num_examples == 22 else 6
+    run = replace(RUN, num_examples=num_examples).but(epochs=None, steps=steps, eval_steps=100, scheduler="constant")
+    straight, _ = execute(run, tmp_path / "straight")
+    answer = DistillationTrainer.answer
+
+    def asked(trainer, batch):
+        if not trainer.distiller.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(trainer, batch)
+
+    monkeypatch.setattr(DistillationTrainer, "answer", asked)
+    with pytest.raises(InterruptedRun):
+        execute(run, tmp_path / "run")
+    monkeypatch.undo()
+    resumed, summary = execute(run, tmp_path / "run")
+    assert digest(weights(resumed)) == digest(weights(straight))
+    assert summary.steps == steps
+    lines = [RunFolder.read(tmp_path / name).read_metrics() for name in ("run", "straight")]
+    evaluations = [[line["eval_loss"] for line in part if "eval_loss" in line] for part in lines]
+    assert evaluations[0] == evaluations[1] != []
+
+
 STUBBORN = """
 import os, signal, sys
 from potstill.training.interruption import SignalWatch

@@ -91,7 +91,6 @@ class DistillationTrainer(Trainer):
             try:
                 self.train(resume_from_checkpoint=found)
                 self.stop_if_asked()
-                self.evaluate_pending()  # where no step is left that would do it
             except PotstillError:
                 if self.begun:  # the progress bar and the trackers are open
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -101,11 +100,7 @@ class DistillationTrainer(Trainer):
         """Before the first step, with the model wrapped and restored."""
         self.begun = True
         self.stop_if_asked()
-        if self.progress.evaluation_pending:
-            # The run was broken off in this evaluation; what follows from it must not depend on that.
-            self.evaluate()
-            self.saver.committed = None
-            self.commit()
+        self.evaluate_pending()
 
     # ------------------------------------------------------------ a window of micro-batches
 
@@ -119,10 +114,9 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
         """This rank's micro-batches of the step that comes next, and the count that its loss is divided by."""
-        self.begun = True
         self.stop_if_asked()
-        self.evaluate_pending()
-        if self.control.should_training_stop:
+        if self.control.should_training_stop or self.state.global_step >= self.args.max_steps:
+            self.control.should_training_stop = True  # a resumed run can stand at its end, or have been stopped by its evaluation
             return [], None
         self.window = self.feed.order.window(self.state.global_step)
         share = self.feed.order.share(self.window, self.ranks.rank, self.ranks.world_size)
