@@ -258,7 +258,7 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
         model, report = loaded
     except _LOADING_ERRORS as error:
         raise _explain(config, "the model", error) from error
-    missing = sorted(report["missing_keys"])
+    missing = sorted(name for name in report["missing_keys"] if not quantised or name.endswith((".weight", ".bias")))
     if missing:
         # transformers fills these with random numbers and goes on.
         raise ModelError(
@@ -267,7 +267,14 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
         )
     if quantised:
         _keep_differentiable(model)
+        _wake(model)
     return model if sharded or quantised else _moved(model, device)
+
+
+def _wake(model: PreTrainedModel) -> None:
+    """One token through the model's own forward: compressed-tensors unpacks its weights in the first, and only if it enters there."""
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from potstill.errors import ModelError
 from potstill.models.heads import plain_weight, whole
 from potstill.models.requirements import quantisation_of
 
-_CANNOT = "it cannot be merged; export it with merge: false"
+_CANNOT = "the adapter cannot be merged into it: set run.merge_adapter: false (or --no-merge)"
 # Ways of quantising that peft can undo, by the name in the model's configuration.
 _UNPACKED = frozenset({"bitsandbytes", "torchao", "hqq"})
 
@@ -27,7 +27,7 @@ def merged_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool = True
     Where the parameters are sharded every rank must call this, and those with `keep=False` get an empty dict.
     Raises ModelError for adapters and quantised layers that cannot be put into plain weights.
     """
-    refuse_packed(model)
+    refuse_unmergeable(model)
     with torch.no_grad():
         found: dict[str, Tensor] = {}
         tied: dict[int, Tensor] = {}  # a weight of two layers stays one tensor, so that it is saved once
@@ -39,11 +39,22 @@ def merged_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool = True
         return found
 
 
-def refuse_packed(model: PreTrainedModel) -> None:
-    """Raises ModelError where the model's quantisation cannot be undone."""
+def refuse_unmergeable(model: PreTrainedModel) -> None:
+    """Raises ModelError where the model's quantisation cannot be undone, or its adapters are not plain LoRA: ask before training."""
     method = quantisation_of(model.config)
     if method is not None and method not in _UNPACKED:
         raise ModelError(f"{model.config.name_or_path}: its weights are quantised by {method}; {_CANNOT}")
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            _refuse_layer(layer, path)
+
+
+def _refuse_layer(layer: BaseTunerLayer, path: str) -> None:
+    base = layer.get_base_layer()
+    if not isinstance(layer, LoraLayer) or not {name for name, _ in base.named_parameters(recurse=False)} <= {"weight", "bias"}:
+        raise ModelError(f"{path} carries a {type(layer).__name__} on a {type(base).__name__}; {_CANNOT}")
+    if any(layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter) for adapter in layer.active_adapters):
+        raise ModelError(f"{path} carries a variant of LoRA (DoRA, a bias, ...); {_CANNOT}")
 
 
 def _weights(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -64,22 +75,14 @@ def _weights(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _adapted(layer: BaseTunerLayer, path: str) -> Iterator[tuple[str, Tensor]]:
     """A LoRA layer's base weight with the active deltas added, in float32."""
-    base = layer.get_base_layer()
-    if not isinstance(layer, LoraLayer) or not _has_weight_alone(base):
-        raise ModelError(f"{path.rstrip('.')} carries a {type(layer).__name__} on a {type(base).__name__}; {_CANNOT}")
-    for name, tensor in _weights(base, path):
+    assert isinstance(layer, LoraLayer)
+    for name, tensor in _weights(layer.get_base_layer(), path):
         if name == path + "weight" and not layer.disable_adapters and not layer.merged:
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-                    tensor = whole(tensor).float() + _delta(layer, adapter, path).float()
+                    tensor = whole(tensor).float() + _delta(layer, adapter).float()
         yield name, tensor
 
 
-def _has_weight_alone(base: nn.Module) -> bool:
-    return {name for name, _ in base.named_parameters(recurse=False)} <= {"weight", "bias"}
-
-
-def _delta(layer, adapter: str, path: str) -> Tensor:
-    if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
-        raise ModelError(f"{path.rstrip('.')} carries a variant of LoRA (DoRA, a bias, ...); {_CANNOT}")
+def _delta(layer: LoraLayer, adapter: str) -> Tensor:
     return whole(layer.get_delta_weight(adapter))

@@ -22,6 +22,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.export import export_student
 from potstill.models.footprint import count_parameters
 from potstill.models.loading import load_model
+from potstill.models.merging import refuse_unmergeable
 from potstill.models.proofs import prove_head, refuse_leaking_packing
 from potstill.models.tokenizers import refuse_different
 from potstill.objectives.distribution import DistributionMatching
@@ -177,6 +178,8 @@ def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Loc
         teacher = LocalTeacher(CausalLM(loaded, size))
         require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
     student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
+    if recipe.run.merge_adapter:
+        refuse_unmergeable(student.inner)
     for model in (student, *([teacher.causal_lm] if teacher else [])):
         prove_head(model)
         if recipe.data.packing:
