@@ -54,8 +54,8 @@ def choose_sizes(
     group = max(64 * _MIB // row_bytes, width if head_gradient else 0, 64)
     group = min(group, max(512 * _MIB // row_bytes, 64))
     group = max(1, min(execution.group_rows or group, num_rows))
-    # Narrow products waste the processor: half a tile for the teacher, or as much as costs little beside the tile.
-    part = max(group // 2, min(32 * _MIB // row_bytes, group), 1)
+    # Narrow products waste the processor, wide ones memory: the teacher gets half of the student's rows.
+    part = max(group // 2, 1)
     part = max(1, min(execution.slice_rows or part, group))
     block = part if cuda else max(1, _BLOCK // vocabulary)
     return Sizes(group, part, max(1, min(execution.block_rows or block, part)))
