@@ -106,7 +106,8 @@ def _weights(config: LoadingConfig, model: PreTrainedModel, dtype: torch.dtype) 
     """Parameters and their bytes as they will lie in memory."""
     parameters, _ = count_parameters(model)
     folder = local_folder(config)
-    if quantisation_of(model.config) is not None and folder is not None:
+    # compressed-tensors unpacks in the first forward; what others saved stays packed.
+    if quantisation_of(model.config) not in (None, "compressed-tensors") and folder is not None:
         return parameters, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     size = torch.empty((), dtype=dtype).element_size()
     if config.quantization is None:

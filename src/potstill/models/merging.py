@@ -84,5 +84,5 @@ def _adapted(layer: BaseTunerLayer, path: str) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def _delta(layer: LoraLayer, adapter: str) -> Tensor:
+def _delta(layer, adapter: str) -> Tensor:
     return whole(layer.get_delta_weight(adapter))
