@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def recipe(place: Path, old: str, new: str) -> None:
     (place / "r.yaml").write_text(text.replace(old, new))
 
 
+ABSENT = next((name for name in ("mlflow", "trackio", "wandb", "tensorboard") if find_spec(name) is None), "")
 MISTAKES = {
     "unknown key": (lambda p: recipe(p, "steps: 1", "stps: 1, steps: 1"), ":3: training.stps: unknown key; did you mean steps?"),
     "duplicate key": (lambda p: recipe(p, "steps: 1", "steps: 1, steps: 2"), ":3: training.steps stands twice"),
@@ -70,13 +72,15 @@ MISTAKES = {
         lambda p: recipe(p, "data:", f"teacher: {{path: {p}/model, adapter: {p}/nothing}}\ndata:"),
         "potstill finetune",
     ),
-    "missing tracker": (lambda p: recipe(p, "/run}", "/run, trackers: [wandb]}"), "pip install 'potstill[wandb]'"),
+    "missing tracker": (lambda p: recipe(p, "/run}", f"/run, trackers: [{ABSENT}]}}"), f"pip install 'potstill[{ABSENT}]'"),
     "teacher not wanted": (lambda p: recipe(p, "data:", f"teacher: {{path: {p}/model}}\ndata:"), "potstill distill"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2_before_torch(place, mistake):
+    if mistake == "missing tracker" and not ABSENT:
+        pytest.skip("every tracker is installed here")
     make, said = MISTAKES[mistake]
     make(place)
     command = "finetune" if mistake == "teacher not wanted" else "check"

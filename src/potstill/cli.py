@@ -60,8 +60,9 @@ def finetune(
 
 
 def _train(
-    command: Literal["distill", "finetune"], name: str, overrides: list[str] | None, fresh: bool, override_resume: list[str] | None, quiet: bool
-) -> None:
+    command: Literal["distill", "finetune"], name: str, overrides: list[str] | None, fresh: bool,
+    override_resume: list[str] | None, quiet: bool,
+) -> None:  # fmt: skip
     from potstill.recipes.precheck import precheck
     from potstill.recipes.read import read_recipe, refuse_command
 

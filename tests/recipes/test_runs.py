@@ -238,6 +238,27 @@ def test_content_cannot_command_the_terminal(place, capsys):
 
 # ---------------------------------------------------------------- secrets, sockets, ranks
 
+
+
+def test_code_that_ships_with_a_model_is_run_by_no_command(place, capsys):
+    shipped, mark = place / "shipped", place / "it-ran"
+    save_pair(shipped, 2)
+    (shipped / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n")
+    config = json.loads((shipped / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (shipped / "config.json").write_text(json.dumps(config))
+    (shipped / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}))
+    for side in ("student", "teacher"):
+        for command in ("check", "distill"):
+            assert potstill(command, place / "r.yaml", f"{side}.path={shipped}", f"run.folder={place}/never") == 2
+    assert potstill("evaluate", shipped, "--data", place / "rows.jsonl") == 2
+    assert potstill("check", place / "r.yaml", f"student.path={shipped}", "student.trust_remote_code=true") == 2
+    error = capsys.readouterr().err
+    assert "trust_remote_code" in error
+    assert "Traceback" not in error
+    assert not mark.exists()
+
+
 CANARY = "hf_canaryCANARYcanaryCANARYcanary12"
 
 

@@ -13,7 +13,7 @@ from potstill.models.config import LoadingConfig
 from potstill.recipes.schema import Recipe
 
 # Files larger than this are read once, when they are prepared: a second reading would cost more than an early answer is worth.
-_READ_TWICE_BYTES = 32 * 2**20
+_READ_TWICE_BYTES = 4 * 2**20
 
 
 def precheck(recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """What is asked without a recipe: a model to measure, a run to export. Checked as strictly as a recipe, and as free of torch."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def evaluation_request(
         check_model("teacher", config.teacher)
     check_data(config.data)
     if output is None and (Path(model).expanduser() / RECIPE).is_file():
-        stem = Path(data).name.split(".")[0] or "data"
+        stem = re.sub(r"(\.(jsonl|json|parquet|csv|txt))?(\.gz)?$", "", Path(data).name)
         output = str(Path(model).expanduser() / "evaluation" / f"{stem}.json")
     return config, output
 
