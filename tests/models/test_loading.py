@@ -145,7 +145,7 @@ def test_quantised_weights_say_what_they_need(folder, tmp_path, monkeypatch):
 
 
 def test_without_bitsandbytes_the_remedy_is_named(folder, monkeypatch):
-    monkeypatch.setattr("potstill.models.loading.is_installed", lambda module: module != "bitsandbytes")
+    monkeypatch.setattr("potstill.models.quantising.is_installed", lambda module: module != "bitsandbytes")
     with pytest.raises(ModelError, match=r"pip install 'potstill\[quant\]'"):
         load_model(LoadingConfig(path=str(folder), quantization="8bit"))
 

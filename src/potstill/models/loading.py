@@ -3,7 +3,6 @@
 Safetensors only, and no code that ships with a model unless it is pinned. Every failure names the path and the remedy.
 """
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig, ModelConfig
-from potstill.models.requirements import is_installed, quantisation_of, require_quantiser, require_transformers
+from potstill.models.requirements import quantisation_of, require_transformers
 
 require_transformers()
 
@@ -23,7 +22,6 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +29,7 @@ from transformers import (  # noqa: E402
 
 from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noqa: E402
 from potstill.models.hub import require_on_hub  # noqa: E402
+from potstill.models.quantising import choose_quantisation, keep_differentiable, wake  # noqa: E402
 
 Precision = Literal["bf16", "float32"]
 
@@ -182,29 +181,6 @@ def choose_dtype(config: LoadingConfig, precision: Precision, trainable: bool) -
     return torch.float32 if precision == "float32" or whole else torch.bfloat16
 
 
-def _quantization(config: LoadingConfig, saved: PreTrainedConfig, dtype: torch.dtype, trainable: bool) -> BitsAndBytesConfig | None:
-    method = quantisation_of(saved)
-    learns_beside = isinstance(config, ModelConfig) and (config.lora is not None or config.adapter is not None)
-    if method is not None:
-        require_quantiser(method, config.path)
-        if config.quantization is not None:
-            raise ModelError(f"{config.path}: its weights are already quantised by {method}; leave out quantization: {config.quantization}")
-        if trainable and not learns_beside:
-            raise ModelError(f"{config.path}: its weights are quantised by {method} and cannot be trained; add lora")
-        return None
-    if config.quantization is None:
-        return None
-    if not is_installed("bitsandbytes"):
-        raise ModelError(f"{config.path}: quantization: {config.quantization} needs bitsandbytes: pip install 'potstill[quant]'")
-    if config.quantization == "8bit":
-        # It says on every product of every layer that it computes in float16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def load_model(
     config: LoadingConfig, *, precision: Precision = "float32", trainable: bool = False, device: str | torch.device = "cpu",
     seed: int = 0, sharded: bool = False,
@@ -221,7 +197,7 @@ def load_model(
     arguments = {**_hub_arguments(config), "dtype": dtype}
     if config.attention is not None:
         arguments["attn_implementation"] = config.attention
-    quantization = _quantization(config, saved, dtype, trainable)
+    quantization = choose_quantisation(config, saved, dtype, trainable)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.weights == "random":
@@ -266,26 +242,9 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
             f"is it really a checkpoint of {type(model).__name__}?"
         )
     if quantised:
-        _keep_differentiable(model)
-        _wake(model)
+        keep_differentiable(model)
+        wake(model)
     return model if sharded or quantised else _moved(model, device)
-
-
-def _wake(model: PreTrainedModel) -> None:
-    """One token through the model's own forward: compressed-tensors unpacks its weights in the first, and only if it enters there."""
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-
-
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Stops bitsandbytes from packing 4-bit weights anew for bfloat16 CPUs in their first evaluation.
-
-    The packed layout computes in bfloat16 whatever was asked for, and has no backward pass: after one evaluation the adapters
-    below such a layer would silently stop learning.
-    """
-    for layer in model.modules():
-        if type(layer).__name__ == "Linear4bit":
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
