@@ -19,11 +19,11 @@ from potstill.lock import Lock
 from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
-REJECTED = "rejected.jsonl"
+REJECTED, NON_FINITE = "rejected.jsonl", "non_finite.json"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
 KNOWN = (
-    SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", "non_finite.json", REJECTED, METRICS, SAMPLES,
+    SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", NON_FINITE, REJECTED, METRICS, SAMPLES,
     ENVIRONMENT, RECIPE,
 )  # fmt: skip
 Status = Literal["new", "interrupted", "finished"]
@@ -278,6 +278,11 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """What `finish` stated; empty for a run that is not finished."""
         return self._read_json(SUMMARY)
+
+    def read_refused_steps(self) -> list[dict[str, Any]]:
+        """The steps whose loss or gradient was not finite, with the examples that were in them."""
+        path = self.path / NON_FINITE
+        return json.loads(path.read_bytes()) if path.exists() else []
 
     def read_sessions(self) -> list[dict[str, Any]]:
         """One entry for each time that the run was started: versions, platform, threads, and what changed in its recipe."""

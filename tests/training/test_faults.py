@@ -98,6 +98,9 @@ def test_one_more_than_may_be_skipped_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "refuse_non_finite", before)
     with pytest.raises(NonFiniteError, match="step 3"):
         execute(RUN.but(non_finite={"skip": 2}), tmp_path / "run")
+    assert [incident["step"] for incident in json.loads((tmp_path / "run" / "non_finite.json").read_text())] == [1, 2, 3]
+    with pytest.raises(NonFiniteError, match="step 3"):  # a resumed run does not begin to count anew
+        execute(RUN.but(non_finite={"skip": 2}), tmp_path / "run")
 
 
 # ---------------------------------------------------------------- signals

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from potstill import storage
 from potstill.errors import IncompatibleError
-from potstill.run_folder import RunFolder
+from potstill.run_folder import NON_FINITE, RunFolder
 from potstill.training import checkpoint, state
 from potstill.training.checkpoint import CheckpointState
 from potstill.training.order import Window
@@ -56,7 +56,6 @@ class Saver:
     committed: int | None = None
     resumed_from: int | None = None
     _clock: float = field(default_factory=time.monotonic)
-    _incidents: list[dict[str, Any]] = field(default_factory=list)
 
     # ------------------------------------------------------------ at the start
 
@@ -127,9 +126,10 @@ class Saver:
     def report_non_finite(self, window: Window, examples: list[int], loss: float, grad_norm: float) -> None:
         """Writes down which examples were in a step that was refused."""
         incident = {"step": window.step + 1, "epoch": window.epoch, "examples": examples, "loss": repr(loss), "grad_norm": repr(grad_norm)}
-        self._incidents.append(incident)
         if self.ranks.first:
-            self.folder.write_json("non_finite.json", self._incidents)
+            known = self.folder.read_refused_steps()
+            # What a broken-off run wrote of steps that are done again is written again.
+            self.folder.write_json(NON_FINITE, [*(former for former in known if former["step"] < incident["step"]), incident])
 
 
 def _place_schedule(scheduler: LambdaLR, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from potstill.batch import Batch
 from potstill.errors import InterruptedRun, NonFiniteError, PotstillError
+from potstill.run_folder import NON_FINITE
 from potstill.signals import TeacherSignal
 from potstill.teachers.teacher import Teacher
 from potstill.training.callbacks import Bar, StepGuard
@@ -171,7 +172,7 @@ class DistillationTrainer(Trainer):
             self.commit()
             raise NonFiniteError(
                 f"step {self.window.step + 1}: the loss ({loss}) or the gradient (norm {grad_norm}) is not finite; the step was not taken "
-                f"and the weights are those of step {self.state.global_step}. {self.folder.path / 'non_finite.json'} names the examples. "
+                f"and the weights are those of step {self.state.global_step}. {self.folder.path / NON_FINITE} names the examples. "
                 "Look at them, lower training.learning_rate, or set training.non_finite: {skip: n}"
             )
         self.progress.non_finite_steps += 1
