@@ -243,7 +243,8 @@ def test_content_cannot_command_the_terminal(place, capsys):
 def test_code_that_ships_with_a_model_is_run_by_no_command(place, capsys):
     shipped, mark = place / "shipped", place / "it-ran"
     save_pair(shipped, 2)
-    (shipped / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n")
+    imports = "from transformers import LlamaConfig as C, LlamaForCausalLM as M"
+    (shipped / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n{imports}\n")
     config = json.loads((shipped / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (shipped / "config.json").write_text(json.dumps(config))
@@ -336,3 +337,22 @@ def test_two_ranks_under_torchrun_make_the_run_of_one(place, finished):
     assert [line["examples"] for line in RunFolder.read(folder).read_samples()] == [
         line["examples"] for line in RunFolder.read(finished).read_samples()
     ]
+
+
+def test_a_real_teacher_and_a_real_student_on_real_stories(shared_data, tmp_path, capsys):
+    models = shared_data / "models"
+    (tmp_path / "stories.yaml").write_text(
+        f"student: {{path: {models}/tinystories-279K-llama-hf}}\n"
+        f"teacher: {{path: {models}/stories260K-llama-hf}}\n"
+        f"data: {{train: {shared_data}/text/tinystories.train2085.jsonl.gz, validation: 0.2, format: text, max_tokens: 128, limit: 40,"
+        " too_long: truncate_right}\n"
+        "objective: {kd_ratio: 1.0}\n"
+        "training: {steps: 12, batch_size: 8, learning_rate: 5e-4, warmup_steps: 2, precision: float32, logging_steps: 1}\n"
+        f"run: {{folder: {tmp_path}/run}}\n"
+    )
+    assert potstill("check", tmp_path / "stories.yaml") == 0
+    assert "512 tokens mean the same to both" in capsys.readouterr().out
+    assert potstill("distill", tmp_path / "stories.yaml", "--quiet") == 0
+    losses = [line["loss/kd"] for line in RunFolder.read(tmp_path / "run").read_metrics() if "loss/kd" in line]
+    # The same 32 stories three times: a student of 279,232 parameters comes nearer to its teacher on them.
+    assert 0.3 < sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 < 1.0
