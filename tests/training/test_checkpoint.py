@@ -129,6 +129,19 @@ def test_a_restored_process_goes_on_bit_by_bit(optimizer_name, tmp_path):
     assert all(torch.equal(expected[name], tensor) for name, tensor in states.weights(model).items())
 
 
+def test_what_the_recipe_says_of_the_optimizer_is_todays_word():
+    """A weight decay changed by --override-resume takes effect; the learning rate is where the schedule had brought it."""
+    model, optimizer, scheduler = _training("adamw")
+    _train(model, optimizer, scheduler, range(3))
+    tensors, numbers = states.optimizer_state(optimizer, model)
+    changed_model, changed, _ = _training("adamw")
+    for group in changed.param_groups:
+        group["weight_decay"] = 0.7
+    states.restore_optimizer(changed, changed_model, tensors, numbers)
+    assert [group["weight_decay"] for group in changed.param_groups] == [0.7, 0.7]
+    assert changed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.01
+
+
 @pytest.mark.parametrize("left_out", ["optimizer", "scheduler"])
 def test_each_part_of_the_state_matters(left_out):
     """The test above can fail: without any one part the result differs."""

@@ -17,6 +17,8 @@ from potstill.errors import IncompatibleError
 
 # What wrappers put into the path of a parameter; a checkpoint must not depend on how the model was wrapped.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What the recipe says of an optimizer: a resumed run has built it with today's values, and whoever changed one meant it.
+_OF_THE_RECIPE = frozenset({"weight_decay", "betas", "eps"})
 
 
 def plain_name(name: str) -> str:
@@ -91,7 +93,7 @@ def optimizer_state(
     values: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: plain(value) for key, value in group.items() if key != "params"}
+        settings = {key: plain(value) for key, value in group.items() if key != "params" and key not in _OF_THE_RECIPE}
         groups.append({"settings": settings, "parameters": [names[id(parameter)] for parameter in group["params"]]})
         for parameter in group["params"]:
             name = names[id(parameter)]
