@@ -60,13 +60,13 @@ def _run_groups(
     """Every row once; `tile` serves every group in turn."""
     _keep_small_buffers(tile.device)
     teacher = _TeacherSlices(job, sizes.slice)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for start in range(0, len(job.targets), sizes.group):
         group = slice(start, min(start + sizes.group, len(job.targets)))
         part = tile[: group.stop - group.start]
         _run_group(job, sizes, products, bias, teacher, group, part, gradients.wanted, found)
         gradients.add(products, group, part)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return found
 
 
 def _keep_small_buffers(device: torch.device) -> None:
@@ -82,7 +82,7 @@ def _pairs(tensors: tuple[Tensor | None, ...]) -> Products:
 
 def _run_group(
     job: Job, sizes: Sizes, products: Products, bias: Tensor | None, teacher: "_TeacherSlices", group: slice, tile: Tensor,
-    training: bool, found: dict[str, list[Tensor]],
+    training: bool, found: dict[str, Tensor],
 ) -> None:
     """Losses of a group of rows; with `training` the gradient over the linear part of the student's head replaces the tile."""
     compiles = job.execution.compiles(tile.device)
@@ -106,7 +106,10 @@ def _run_group(
             else:
                 losses = tile_step(job.plan, job.finishes, linear[block], inputs, training=training, details=job.details)
             for name, values in losses.items():
-                found.setdefault(name, []).append(values)
+                # Into tensors made once: a small one kept from every block would sit in the gaps of the heap and make it grow.
+                if name not in found:
+                    found[name] = values.new_empty(len(job.targets))
+                found[name][here] = values
 
 
 def _linear_into(out: Tensor, products: Products, bias: Tensor | None) -> None:
