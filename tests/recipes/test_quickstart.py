@@ -141,7 +141,6 @@ def test_another_plan_and_a_foreign_folder_are_refused(finished, tmp_path):
 
 @pytest.mark.slow
 def test_the_gain_is_there_with_the_teacher_and_vanishes_when_it_is_scrambled(tmp_path):
-    torch.set_num_threads(2)
     _run(tmp_path / "quickstart")
     honest = _record(tmp_path / "quickstart")
     gains = {"exact_match": 1, "bits_per_byte": -1, "top1_agreement": 1, "forward_kl": -1, "acceptance_rate": 1}

@@ -7,10 +7,13 @@ same command. What it measures and says stands in quickstart_results.py; it expe
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -61,8 +64,22 @@ def quickstart(
     `fresh` removes what an earlier quickstart left in the folder. `scramble_teacher` lets the students learn from the teacher with its
     weights shuffled, beside the honest ones: there is nothing left to learn from it, so a gain that remains is a mistake of ours.
     """
-    plan, folder = plan or Plan(), Path(folder)
-    console = console or Console()
+    with _one_thread():
+        return _quickstart(Path(folder), plan or Plan(), console or Console(), fresh, scramble_teacher, quiet)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a shared machine threads that wait for one another make products this small slower; and on one thread a run repeats bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _quickstart(folder: Path, plan: Plan, console: Console, fresh: bool, scramble_teacher: bool, quiet: bool) -> Path:
     began = time.monotonic()
     _claim(folder, plan, fresh)
     trainings = len(plan.seeds) * 2 + 1
