@@ -143,6 +143,21 @@ def test_finite_at_extremes_in_float32(name, parameters):
     assert by_autograd.isfinite().all()
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.5, -0.5), (-0.5, 0.5), (0.005, 0.0), (0.0, 0.005), (1.0, 0.0)])
+def test_a_wide_vocabulary_is_not_taken_for_an_infinite_distance(alpha, beta):
+    """Sums over 100,000 outcomes are large numbers, and none; an outcome that one side excludes is another matter."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(1, 100_000, generator=generator) for _ in range(2))
+    few = DIVERGENCES["alpha_beta"](student.log_softmax(-1), teacher.log_softmax(-1), alpha=alpha, beta=beta)
+    many = DIVERGENCES["alpha_beta"](student.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha=alpha, beta=beta)
+    assert torch.isfinite(few).all()
+    torch.testing.assert_close(few.double(), many, rtol=1e-4, atol=1e-3)
+    excluding = student.clone()
+    excluding[0, teacher.argmax()] = -torch.inf
+    sides = (excluding, teacher) if beta <= 0 <= alpha else (teacher, excluding)  # with these the formula has a power of 0 below 0
+    assert DIVERGENCES["alpha_beta"](*(side.log_softmax(-1) for side in sides), alpha=alpha, beta=beta).item() == math.inf
+
+
 def test_an_outcome_that_only_one_side_allows_is_infinite_and_says_so():
     narrow, wide = torch.tensor([[0.0, 0.0, -torch.inf]]).log_softmax(-1), torch.zeros(1, 3).log_softmax(-1)
     assert DIVERGENCES["forward_kl"](narrow, wide).item() == math.inf

@@ -204,17 +204,20 @@ def alpha_beta(student_log_probs: LogProbs, teacher_log_probs: LogProbs, *, alph
     """
     total = alpha + beta
     student, teacher = finite(student_log_probs, teacher_log_probs)
+    num_outcomes = student.shape[-1]
     if abs(alpha) < _SMALL and abs(beta) < _SMALL:
-        return nats(0.5 * (student - teacher).square().sum(-1))
+        return nats(0.5 * (student - teacher).square().sum(-1), -EXCLUDED)
     if abs(beta) < _SMALL:
         powers = (alpha * student).exp() - (alpha * teacher).exp()
-        return nats((alpha * expectation((alpha * teacher).exp(), teacher - student) + powers.sum(-1)) / alpha**2)
+        value = (alpha * expectation((alpha * teacher).exp(), teacher - student) + powers.sum(-1)) / alpha**2
+        return nats(value, 1e6 * num_outcomes)
     if abs(alpha) < _SMALL:
         powers = (beta * teacher).exp() - (beta * student).exp()
-        return nats((beta * expectation((beta * student).exp(), student - teacher) + powers.sum(-1)) / beta**2)
+        value = (beta * expectation((beta * student).exp(), student - teacher) + powers.sum(-1)) / beta**2
+        return nats(value, 1e6 * num_outcomes)
     if abs(total) < _SMALL:
         log_ratio = alpha * (student - teacher)
-        return nats((log_ratio + (-log_ratio).exp() - 1).sum(-1) / alpha**2)
+        return nats((log_ratio + (-log_ratio).exp() - 1).sum(-1) / alpha**2, -EXCLUDED)
     cross = (alpha * teacher + beta * student).exp()
     own = (alpha / total) * (total * teacher).exp() + (beta / total) * (total * student).exp()
     return (own - cross).sum(-1) / (alpha * beta)

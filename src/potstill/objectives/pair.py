@@ -15,7 +15,7 @@ Nats = Float[Tensor, "*N"]
 LOG_ZERO = -1e37
 # What lies below it is a log 0.
 EXCLUDED = -1e30
-# No distance between rows without a log 0 comes near it.
+# No expectation of a log-ratio comes near it where no outcome has mass against a log 0.
 _INFINITE = 1e6
 
 
@@ -37,9 +37,9 @@ def finite(student_log_probs: LogProbs, teacher_log_probs: LogProbs) -> tuple[Lo
     return student_log_probs.clamp_min(LOG_ZERO), teacher_log_probs.clamp_min(LOG_ZERO)
 
 
-def nats(values: Nats) -> Nats:
-    """A row that had mass against a log 0 is infinite, and says so."""
-    return torch.where(values > _INFINITE, torch.inf, values)
+def nats(values: Nats, infinite: float = _INFINITE) -> Nats:
+    """A row that had mass against a log 0 is infinite, and says so. Sums over outcomes without a probability need a larger `infinite`."""
+    return torch.where(values > infinite, torch.inf, values)
 
 
 def expectation(probs: Tensor, values: Tensor) -> Tensor:
