@@ -53,12 +53,17 @@ def choose_sizes(
     # A tile as large as the head's own gradient, which must exist in any case, is the natural size; never less than a good product needs.
     group = max(64 * _MIB // row_bytes, width if head_gradient else 0, 64)
     group = min(group, max(512 * _MIB // row_bytes, 64))
-    group = max(1, min(execution.group_rows or group, num_rows))
+    group = _evened(num_rows, max(1, min(execution.group_rows or group, num_rows)))
     # Narrow products waste the processor, wide ones memory: the teacher gets half of the student's rows.
     part = max(group // 2, 1)
-    part = max(1, min(execution.slice_rows or part, group))
+    part = _evened(group, max(1, min(execution.slice_rows or part, group)))
     block = part if cuda else max(1, _BLOCK // vocabulary)
     return Sizes(group, part, max(1, min(execution.block_rows or block, part)))
+
+
+def _evened(num_rows: int, size: int) -> int:
+    """The size of as many equal parts as `size` would make: a last small part costs a product of its own and saves no memory."""
+    return -(-num_rows // -(-num_rows // size)) if num_rows else size
 
 
 @lru_cache(maxsize=64)
