@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from potstill.errors import PotstillError
 from potstill.training import seam
 from potstill.training.seam import DistillationTrainer
-from ranks_plan import EQUAL, FAULTS, RESUMED, Fault
+from ranks_plan import EQUAL, FAULTS, NARROW, RESUMED, Fault
 from small_runs import Run, execute, weights
 
 RANK = int(os.environ["RANK"])
@@ -88,9 +88,7 @@ def run_fault(folder: Path, name: str, fault: Fault) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1])
-    for label, plan in EQUAL.items():
-        run_whole(where, label, plan)
-    for label, plan in RESUMED.items():
+    for label, plan in (EQUAL | NARROW | RESUMED).items():
         run_whole(where, label, plan)
     for label, trouble in FAULTS.items():
         run_fault(where, label, trouble)

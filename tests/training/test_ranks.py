@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from potstill.run_folder import RunFolder
-from ranks_plan import BASE, EQUAL, FAULTS, RESUMED, legs
+from ranks_plan import BASE, EQUAL, FAULTS, NARROW, RESUMED, legs
 from small_runs import Run, execute, furthest, make_distiller, weights
 
 WORKER = Path(__file__).resolve().parents[1] / "ranks_worker.py"
@@ -55,6 +56,21 @@ def test_two_ranks_are_one_process(name, ranks, tmp_path):
     assert here.read_samples() == there.read_samples()
     losses = [[(line["step"], line["loss"], line["target_tokens"]) for line in f.read_metrics() if "loss" in line] for f in (here, there)]
     assert losses[1] == [(step, pytest.approx(loss, abs=1e-5), targets) for step, loss, targets in losses[0]]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_sharded_ranks_in_bfloat16_sum_losses_and_gradients_in_float32(name, ranks, tmp_path):
+    """Left to itself accelerate rounds a sharded model's outputs, here the loss, to three digits."""
+    alone, best_loss = _alone(NARROW[name], tmp_path / "run")
+    together = load_file(ranks / f"{name}.safetensors")
+    moved = furthest(alone, weights(make_distiller(NARROW[name])))
+    assert {tensor.dtype for tensor in together.values()} == {torch.float32}
+    assert furthest(together, alone) < 0.2 * moved
+    assert [fact["best_loss"] for fact in _facts(ranks, name)] == [pytest.approx(best_loss, abs=1e-4)] * 2
+    losses = [
+        [line["loss"] for line in RunFolder.read(folder).read_metrics() if "loss" in line] for folder in (tmp_path / "run", ranks / name)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", RESUMED)

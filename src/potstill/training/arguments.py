@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from potstill.errors import ConfigError, ModelError
@@ -56,7 +57,7 @@ def training_arguments(
     with warnings.catch_warnings():
         # transformers tells of its own changes of defaults; ours are all set here.
         warnings.simplefilter("ignore", FutureWarning)
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(folder / "trackers" if trackers else folder),  # trackers write there; checkpoints are ours
             run_name=folder.name,
             max_steps=num_steps,
@@ -93,5 +94,8 @@ def training_arguments(
             log_level="warning",
             **sharded,
         )
-
-
+    if args.fsdp_plugin_args is not None and config.precision == "bf16":
+        # Left to itself accelerate rounds what the wrapped forward returns, the loss, to bfloat16 (and with it the factor that goes
+        # back through it), and adds the ranks' gradients up in bfloat16 too.
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return args
