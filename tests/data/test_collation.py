@@ -48,6 +48,17 @@ def test_laws(rows, multiple_of, pad):
 
 
 @settings(max_examples=100, deadline=None)
+@given(ROWS, st.integers(1, 60))
+def test_padding_ends_where_the_context_does(rows, widest):
+    examples = _numbered(rows)
+    longest = max(sum(len(e.tokens) for e in row) for row in examples)
+    batch, unbounded = collate(examples, pad_token=0, widest=max(widest, longest)), collate(examples, pad_token=0)
+    assert batch.tokens.shape[1] == min(unbounded.tokens.shape[1], max(widest, longest))
+    assert batch.target_rows()[1].tolist() == unbounded.target_rows()[1].tolist()
+    assert int(batch.positions.max()) < batch.tokens.shape[1]
+
+
+@settings(max_examples=100, deadline=None)
 @given(ROWS)
 def test_packed_and_apart_have_the_same_targets(rows):
     examples = _numbered(rows)

@@ -8,6 +8,7 @@ from potstill.errors import ModelError
 from potstill.models.adapters import add_lora
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoraConfig
+from potstill.models.loading import longest_context
 from potstill.models.proofs import prove_head, refuse_leaking_packing, supports_packing
 from tiny import tiny_llama
 from tiny_families import FAMILIES, family_model
@@ -221,3 +222,12 @@ def test_an_encoder_is_refused():
     model = BertModel(BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     with pytest.raises(ModelError, match=r"cannot be used|no language-model head"):
         CausalLM(model, 96)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "opt"])
+def test_the_context_is_read_under_the_name_that_the_family_gives_it(family):
+    assert longest_context(family_model(family).config) == 64
+
+
+def test_a_model_that_names_no_context_has_none():
+    assert longest_context(family_model("bloom").config) is None

@@ -7,15 +7,20 @@ import torch
 from potstill.batch import Batch, Example
 
 
-def collate(rows: Sequence[Sequence[Example]], *, pad_token: int, multiple_of: int | None = 8) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Example]], *, pad_token: int, multiple_of: int | None = 8, widest: int | None = None
+) -> Batch:
     """One sequence a row, its examples one after the other; as wide as the longest, rounded up to a multiple.
+
+    The rounding stops at `widest`: a model whose positions are learned has none beyond its context, not even for padding.
 
     Positions restart at every example, and padding belongs to no document, so the id that pads may be the EOS: nothing is
     masked by id.
     """
-    width = max((sum(len(example.tokens) for example in row) for row in rows), default=0)
-    if multiple_of:
-        width = -(-width // multiple_of) * multiple_of
+    longest = max((sum(len(example.tokens) for example in row) for row in rows), default=0)
+    width = -(-longest // multiple_of) * multiple_of if multiple_of else longest
+    if widest is not None:
+        width = max(longest, min(width, widest))
     shape = (len(rows), width)
     tokens = torch.full(shape, pad_token, dtype=torch.long)
     # Positions go on into the padding: a restart there would look like one more document to a model.

@@ -24,7 +24,7 @@ from potstill.evaluation.record import EvaluationRecord, ModelRecord
 from potstill.evaluation.windows import windows
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig
-from potstill.models.loading import Precision, load_model, load_tokenizer, read_model_config
+from potstill.models.loading import Precision, load_model, load_tokenizer, longest_context, read_model_config
 from potstill.models.tokenizers import compare_tokenizers, refuse_different, vocabulary_size
 
 # Longer than any text: in evaluation nothing is cut, windows read on.
@@ -77,13 +77,8 @@ def _prepare(config: EvaluationConfig) -> _Prepared:
         size, notes = comparison.vocabulary_size, comparison.notes
     whole = config.data.model_copy(update={"max_tokens": _NO_LIMIT, "packing": False})
     data = prepare(whole, tokenizer, seed=0, end_of_text=_stops(configs[0]))
-    window = min([config.data.max_tokens, *(contexts for one in configs if (contexts := _context(one)) is not None)])
+    window = min([config.data.max_tokens, *(context for one in configs if (context := longest_context(one)) is not None)])
     return _Prepared(tokenizer, size, data, list(windows(data.train, window)), window, notes)
-
-
-def _context(model_config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a model's positions allow; None where it names none."""
-    return model_config.to_dict().get("max_position_embeddings")
 
 
 def _stops(model_config: PreTrainedConfig) -> list[int]:
@@ -107,7 +102,7 @@ def _batches(prepared: _Prepared, batch_size: int) -> Iterator[Batch]:
     """Sequences of like length together, the longest first: little padding, and what does not fit in memory fails at once."""
     ordered = sorted(prepared.windows, key=lambda example: -len(example.tokens))
     for start in range(0, len(ordered), batch_size):
-        yield collate([[example] for example in ordered[start : start + batch_size]], pad_token=0)
+        yield collate([[example] for example in ordered[start : start + batch_size]], pad_token=0, widest=prepared.window)
 
 
 def _measure(

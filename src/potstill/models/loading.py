@@ -137,6 +137,13 @@ def read_model_config(config: LoadingConfig) -> PreTrainedConfig:
         raise _explain(config, "config.json", error) from error
 
 
+def longest_context(saved: PreTrainedConfig) -> int | None:
+    """Tokens that the positions of a model with this configuration reach, under whatever key its family keeps them; None where it
+    does not say."""
+    text = saved.get_text_config()
+    return text.to_dict().get((text.attribute_map or {}).get("max_position_embeddings", "max_position_embeddings"))
+
+
 def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, with `config.chat_template` and `config.eos_token` in place of its own.
 

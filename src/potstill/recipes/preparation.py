@@ -12,7 +12,7 @@ from potstill.data.collation import padding_id
 from potstill.data.prepare import PreparedData, prepare
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig
-from potstill.models.loading import load_tokenizer, local_folder, read_model_config
+from potstill.models.loading import load_tokenizer, local_folder, longest_context, read_model_config
 from potstill.models.tokenizers import TokenizerComparison, compare_tokenizers
 from potstill.recipes.schema import Recipe
 
@@ -32,7 +32,7 @@ class Reader:
     @property
     def longest(self) -> int | None:
         """Tokens that its positions reach, where the configuration says so."""
-        return self.config.get_text_config().to_dict().get("max_position_embeddings")
+        return longest_context(self.config)
 
 
 @dataclass(frozen=True)

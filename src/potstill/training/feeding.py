@@ -28,6 +28,7 @@ class Rows:
         digest.update(repr(self._bins).encode())
         self.fingerprint = digest.hexdigest()
         self.lengths = [sum(lengths[index] for index in members) for members in self._bins]
+        self._widest = max(self.lengths, default=8)  # what the model can take at least: padding never goes beyond it
 
     def __len__(self) -> int:
         return len(self._bins)
@@ -39,8 +40,9 @@ class Rows:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The batch of these rows; of none, a batch of padding without a target."""
         if not rows:
-            return empty_batch(pad_token=self._pad_token)
-        return collate([[self._examples[index] for index in self._bins[row]] for row in rows], pad_token=self._pad_token)
+            return empty_batch(pad_token=self._pad_token, width=min(8, self._widest))
+        members = [[self._examples[index] for index in self._bins[row]] for row in rows]
+        return collate(members, pad_token=self._pad_token, widest=self._widest)
 
     def example_numbers(self, rows: Sequence[int]) -> list[int]:
         """`Example.index` of everything in these rows, in order: what the log of seen samples holds."""

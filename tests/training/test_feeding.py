@@ -1,0 +1,27 @@
+"""Batches of a data set fit every model that its rows fit: padding never needs a position that no row needs."""
+
+import pytest
+import torch
+
+from potstill.batch import Example
+from potstill.models.causal_lm import CausalLM
+from potstill.training.feeding import Rows
+
+
+@pytest.mark.parametrize("max_tokens", [None, 21])
+def test_a_context_that_is_no_multiple_of_8_is_not_left(max_tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    examples = [Example([3] * length, [True] * length, index) for index, length in enumerate([21, 4, 9, 13])]
+    rows = Rows(examples, pad_token=0, seed=0, max_tokens=max_tokens)
+    model = CausalLM(GPT2LMHeadModel(GPT2Config(n_positions=21, n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval(), 9)
+    for chosen in ([], [0], range(len(rows))):
+        batch = rows.batch(chosen)
+        with torch.no_grad():
+            assert torch.isfinite(model.rows(batch)).all()
+    assert batch.num_targets == sum(length - 1 for length in (21, 4, 9, 13))
+
+
+def test_a_batch_without_rows_is_no_wider_than_the_rows():
+    rows = Rows([Example([3, 4, 5], [True] * 3, 0)], pad_token=0, seed=0, max_tokens=None)
+    assert rows.batch([]).tokens.shape == (1, 3)
