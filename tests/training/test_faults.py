@@ -1,6 +1,7 @@
 """What goes wrong in a run: numbers that are not finite, signals in every phase, a validation loss that no longer falls."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -225,6 +226,13 @@ def test_an_improvement_smaller_than_min_delta_is_none(tmp_path, monkeypatch):
     _with_losses(monkeypatch, [5.0, 4.8, 4.75, 4.0])
     _, summary = execute(run, tmp_path / "run")
     assert (summary.steps, summary.best_step) == (6, 2)
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
+    run = RUN.but(eval_steps=2, early_stopping={"patience": 2}, epochs=None, steps=6)
+    _with_losses(monkeypatch, [math.nan, 4.0, math.inf])
+    _, summary = execute(run, tmp_path / "run")
+    assert (summary.steps, summary.best_step, summary.best_loss) == (6, 4, 4.0)
 
 
 def test_the_validation_loss_does_not_depend_on_its_batches(tmp_path):

@@ -213,3 +213,18 @@ def test_only_what_is_trained_is_saved(tmp_path):
     names = set(load_checkpoint(path).tensors["weights"])
     assert names == {name for name, parameter in distiller.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name for name in names)
+
+
+def test_a_validation_loss_of_drawn_outcomes_does_not_hang_on_what_was_drawn_before(tmp_path, monkeypatch):
+    from potstill.objectives.distribution import DistributionMatching
+    from potstill.training.distiller import Distiller
+    from potstill.training.seam import DistillationTrainer
+    from small_runs import VOCABULARY, make_student
+
+    run, evaluate, losses = replace(RUN, student="plain").but(epochs=None, steps=1), DistillationTrainer.evaluate, []
+    for draws in (0, 1):
+        monkeypatch.setattr(DistillationTrainer, "evaluate", lambda self, ignore_keys=None, n=draws: (torch.rand(n), evaluate(self))[1])
+        objective = DistributionMatching(support="samples", parameters={"num_samples": 2}, vocabulary_size=VOCABULARY)
+        _, summary = execute(run, tmp_path / str(draws), distiller=Distiller(make_student("plain"), objective))
+        losses.append(summary.best_loss)
+    assert losses[0] == losses[1]

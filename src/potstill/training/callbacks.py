@@ -3,6 +3,7 @@
 Each is a few lines around a method of `DistillationTrainer` or of the run folder.
 """
 
+import math
 from collections.abc import Callable
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,7 +58,8 @@ class BestEvaluation(TrainerCallback):
         assert metrics is not None
         loss, progress = metrics["eval_loss"], self._progress
         margin = self._early_stopping.min_delta if self._early_stopping else 0.0
-        if progress.best_loss is None or loss < progress.best_loss - margin:
+        # A loss that is not finite is never the best one: nothing would be less than NaN.
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss - margin):
             progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, state.global_step, 0
             control.should_save = control.should_save or self._early_stopping is not None
         else:

@@ -2,6 +2,7 @@
 saved and when a step is refused. The mathematics is in `objectives`, the order in order.py, the bytes in checkpoint.py.
 """
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -211,7 +212,11 @@ class DistillationTrainer(Trainer):
         assert model is not None
         model.eval()
 
+        turns = itertools.count(self.ranks.rank, self.ranks.world_size)
+
         def measure(batch: Batch) -> tuple[tuple[Tensor, ...], float]:
+            # What a support draws is the same in every evaluation: whether a run is stopped early must not hang on a break before it.
+            torch.manual_seed(mix(self.args.seed, 0, next(turns)))
             batch = batch.to(self.args.device)
             with torch.no_grad():
                 sums = model(batch, self.answer(batch))
