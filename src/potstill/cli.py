@@ -15,13 +15,13 @@ from potstill.errors import PotstillError
 app = typer.Typer(
     name="potstill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Distils large language models: the knowledge of a large teacher goes into a student that is small enough to serve.",
-    epilog="A recipe is a YAML file or a name of the library (potstill recipes). Any of its keys can be set behind it: training.steps=20",
+    epilog="A recipe is a YAML file or a name of the library (potstill recipes). Any key can be set behind it: training.batch_size=2",
 )  # fmt: skip
 recipes_app = typer.Typer(help="Lists the recipes of the library; `show NAME` prints one.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe of the library.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set here, as in training.steps=20.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set here, as in training.batch_size=2.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left in the run folder and start over.")]
 OverrideResume = Annotated[
     list[str] | None, typer.Option("--override-resume", metavar="KEY", help="Resume although this key changed; may be repeated.")

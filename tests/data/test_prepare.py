@@ -212,6 +212,8 @@ def test_every_column_removed_in_turn(tmp_path, format, column):
 def test_the_remedy_names_the_nearest_column_or_the_right_format(tmp_path):
     with pytest.raises(DataError, match=r"set data.columns: \{output: outputs\}"):
         prepare(_config(tmp_path, [{"instruction": "a", "input": "", "outputs": "b"}]), tiny_tokenizer(), seed=0)
+    with pytest.raises(DataError, match=r"set data.columns: \{input: YOUR_COLUMN\}"):  # `output` is near, and taken
+        prepare(_config(tmp_path, [{"instruction": "a", "output": "b"}]), tiny_tokenizer(), seed=0)
     with pytest.raises(DataError, match=r"or data\.format: chat"):
         prepare(_config(tmp_path, [CHAT]), tiny_tokenizer(), seed=0)
     with pytest.raises(DataError, match=r"or \{input: null\} if there is none"):

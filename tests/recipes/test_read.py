@@ -1,6 +1,7 @@
 """Recipes are read strictly: every mutated key of every library recipe is refused by name; good ones mean what they say."""
 
 import json
+import re
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_a_wrong_type_is_refused_by_name(name, path):
         holder[path[-1]] = other
         if (other == 1.5 and path[-1] in ("alpha", "epochs")) or (isinstance(other, str) and path[-1] == "validation"):
             continue  # a number that happens to be whole; a fraction that may be a file too
-        assert f"{'.'.join(path)}: " in refusal(values), other
+        assert re.search(rf"{'.'.join(path)}(\[0\])?: ", refusal(values)), other
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -293,7 +294,7 @@ def test_nothing_is_ever_expanded(tmp_path, monkeypatch):
         ({"teacher": {"path": "t"}, "objective": {"divergence": "jsdd"}}, "jsd"),
         ({"objective": {"divergence": "cross_entropy", "temperature": 2.0}}, "objective.temperature"),
         ({"teacher": {"path": "t"}, "objective": {"kd_ratio": 1.5}}, "objective.kd_ratio: must be at most 1"),
-        ({"training": {"steps": 1, "epochs": 1}}, "exactly one of epochs and steps"),
+        ({"training": {"steps": 1, "epochs": 1}}, "exactly one of epochs and steps; found both; take one away, as in training.epochs=null"),
         ({"training": {}}, "exactly one of epochs and steps"),
         ({"training": {"steps": 1, "early_stopping": {"patience": 2}}}, "data.validation"),
         ({"training": {"steps": 1, "eval_steps": 2}}, "data.validation"),

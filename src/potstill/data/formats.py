@@ -87,7 +87,8 @@ def check_columns(rows: list[Row], reading: Reading, path: str, rejects: Rejects
 
 def _missing(theirs: str, present: list[str], reading: Reading, path: str) -> str:
     ours = next(column for column in REQUIRED_COLUMNS[reading.format] if (reading.theirs(column) or column) == theirs)
-    near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.5)
+    free = [column for column in present if column not in reading.required]
+    near = difflib.get_close_matches(theirs, free, n=1, cutoff=0.5)
     remedy = f"set data.columns: {{{ours}: {near[0] if near else 'YOUR_COLUMN'}}}"
     if ours in ABSENT_COLUMNS:
         remedy += f", or {{{ours}: null}} if there is none"

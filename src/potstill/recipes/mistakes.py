@@ -122,17 +122,22 @@ def _interpolations(values: Any, path: Path) -> list[_Mistake]:
 def _explain(error: ValidationError, model: type[BaseModel], values: Any, known: set[Path]) -> list[_Mistake]:
     """Pydantic's errors as ours, one for each place: the members of a union are joined by "or"."""
     said: dict[Path, list[str]] = {}
+    of_a_member: set[Path] = set()
     for item in error.errors():
         if item["type"] in ("extra_forbidden", "default_factory_not_called"):
             continue  # said by _unknown_keys; a consequence of another mistake
         path = _real_path(item["loc"], values)
         if item["type"] == "missing":
             path = (*path, str(item["loc"][-1]))
+        if len(item["loc"]) > len(path):
+            of_a_member.add(path)
         path, message = _message(dict(item), path, model, values)
         if path not in known and message not in said.setdefault(path, []):
             said[path].append(message)
-    # A union's other members complain about a key inside the member that was meant: the deeper complaint is the useful one.
-    return [_Mistake(path, _joined(messages, path, values)) for path, messages in said.items()]
+    # Where a mistake lies inside the member of a union that was meant, the other members still complain of the kind of the whole.
+    deeper = {_real_path(item["loc"], values) for item in error.errors()} | said.keys()
+    meant = {path for path in of_a_member if any(path == other[: len(path)] and path != other for other in deeper)}
+    return [_Mistake(path, _joined(messages, path, values)) for path, messages in said.items() if path not in meant]
 
 
 def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: Any) -> tuple[Path, str]:
@@ -142,7 +147,8 @@ def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: A
     if kind == "value_error":
         return _located(str(context["error"]), path, model, values)
     if kind == "literal_error":
-        return path, f"must be one of {context['expected'].replace(chr(39), '')}"
+        expected = context["expected"].replace("'", "")
+        return path, f"must be one of {expected}" if " or " in expected else f"must be {expected}"
     for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if bound in context:
             return path, f"must be {words} {context[bound]}"
@@ -176,6 +182,8 @@ def _at(values: Any, path: Path) -> Any:
 def _joined(messages: list[str], path: Path, values: Any) -> str:
     if not messages[0].startswith("must "):
         return messages[0]
+    if "must not be empty" in messages:  # the kind was right
+        return "must not be empty"
     kinds = [message for message in messages if message.startswith("must be ")] or messages[:1]
     parts = [kinds[0], *(message.removeprefix("must be ") for message in kinds[1:])]
     return f"{' or '.join(parts)}; found {show(_at(values, path))}"

@@ -104,7 +104,7 @@ class RunConfig(Config):
     trackers: list[Tracker] = Field(default_factory=list)
     """Who is shown the metrics, besides the run folder's own log."""
     merge_adapter: bool = True
-    """Export the student with its adapter merged into the weights; false keeps the base model beside RUN/adapter."""
+    """RUN/student holds whole weights, the adapter merged into them; false leaves the adapter there with the name of its base."""
 
 
 def _default_objective(validated: dict[str, Any]) -> ObjectiveConfig:

@@ -93,7 +93,7 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _check(self):
         if (self.epochs is None) == (self.steps is None):
-            found = "neither" if self.epochs is None else "both"
+            found = "neither" if self.epochs is None else "both; take one away, as in training.epochs=null"
             raise ValueError(f"say how long to train by exactly one of epochs and steps; found {found}")
         needed = _NEEDED_OPTIONS.get(self.scheduler, ())
         if needed and not set(needed) & set(self.scheduler_options):
