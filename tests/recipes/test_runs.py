@@ -11,35 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from potstill.cli import main
 from potstill.run_folder import RunFolder
+from small_recipe import LORA, potstill
 from tiny import save_pair
-
-RECIPE = """student: {{path: {folder}/student}}
-teacher: {{path: {folder}/teacher}}
-data: {{train: {folder}/rows.jsonl, validation: 0.1, max_tokens: 96, too_long: truncate_right}}
-objective: {{divergence: forward_kl, kd_ratio: 0.5}}
-training: {{steps: 4, batch_size: 2, accumulation: 2, learning_rate: 1e-3, precision: float32, logging_steps: 1, save_steps: 2}}
-run: {{folder: {folder}/run}}
-"""
-LORA = "student.lora={rank: 2, alpha: 4, targets: [q_proj, v_proj]}"
-
-
-def potstill(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(argument) for argument in arguments])
-    return left.value.code if isinstance(left.value.code, int) else 0
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    save_pair(folder / "student", 0)
-    save_pair(folder / "teacher", 1, width=64)
-    rows = [{"instruction": f"Add {a} and {b}", "input": "", "output": f"{a} + {b} = {a + b}"} for a in range(6) for b in range(6)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "r.yaml").write_text(RECIPE.format(folder=folder))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -158,86 +132,7 @@ def test_bad_lines_that_may_be_left_out_are_kept_beside_the_run(place, capsys):
     assert json.loads((folder / "rejected.jsonl").read_text())["origin"] == f"{place}/bad.jsonl:37"
 
 
-# ---------------------------------------------------------------- check
-
-
-def test_check_tells_the_pipeline_an_example_and_the_cost(place, capsys):
-    assert potstill("check", place / "r.yaml") == 0
-    shown = capsys.readouterr().out
-    for said in (
-        "who writes the text",
-        "the teacher answers",
-        "positions",
-        "outcomes",
-        "distance",
-        "0.5 x forward_kl + 0.5 x cross-entropy",
-        "⟦",
-        "<|im_end|>⟧",
-        "read        36",
-        "too long",
-        "mean the same to both",
-        "4 of 4 rows (2 x 2)",
-        "together",
-        "Nothing stands in the way",
-    ):
-        assert said in shown, said
-    example = shown[shown.index("are targets") :]
-    marked = example[example.rindex("⟦") + 1 : example.rindex("⟧")]
-    assert "=" in marked
-    assert "Add" not in marked
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["data.too_long=error", "data.max_tokens=20"], "data.too_long"),
-        (["data.max_tokens=4096"], "512 positions"),
-        ([LORA.replace("q_proj", "w_proj")], "w_proj"),
-        (["data.columns={output: answer}"], "answer"),
-    ],
-)
-def test_check_refuses_what_must_fail_with_the_remedy(place, capsys, overrides, said):
-    assert potstill("check", place / "r.yaml", *overrides) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert "Traceback" not in error
-
-
-def test_a_teacher_that_reads_other_tokens_is_refused_by_check_and_by_the_run(place, capsys):
-    other = place / "swapped"
-    save_pair(other, 1)
-    spec = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = spec["model"]["vocab"]
-    first, second = [token for token in vocabulary if token.isalpha()][:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(spec))
-    for command in ("check", "distill"):
-        assert potstill(command, place / "r.yaml", f"teacher.path={other}", f"run.folder={place}/never") == 2
-        assert "ids mean different tokens" in capsys.readouterr().err
-    assert not (place / "never").exists()
-
-
-def test_rows_without_an_answer_are_refused_before_a_model_is_loaded(place, capsys, monkeypatch):
-    monkeypatch.setattr("potstill.recipes.assemble.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    (place / "empty.jsonl").write_text('{"instruction": "x", "input": "", "output": ""}\n' * 3)
-    arguments = (f"data.train={place}/empty.jsonl", "data.validation=null", f"run.folder={place}/never")
-    assert potstill("distill", place / "r.yaml", *arguments) == 2
-    assert "0 of 3 rows have target tokens" in capsys.readouterr().err
-    assert not (place / "never").exists()
-
-
-def test_content_cannot_command_the_terminal(place, capsys):
-    rows = [{"instruction": "\x1b]0;owned\x07 \x1b[2J", "input": "", "output": f"\x1b[31m{n}"} for n in range(4)]
-    (place / "ansi.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    potstill("check", place / "r.yaml", f"data.train={place}/ansi.jsonl", "data.validation=null")
-    shown = capsys.readouterr()
-    assert "\\x1b]0;owned" in shown.out
-    assert "\x1b]" not in shown.out
-    assert "\x1b[2J" not in shown.out
-
-
 # ---------------------------------------------------------------- secrets, sockets, ranks
-
 
 
 def test_code_that_ships_with_a_model_is_run_by_no_command(place, capsys):

@@ -1,0 +1,83 @@
+"""`potstill check`: what it shows of a run, and what it refuses before a model is loaded; and the run refuses the same."""
+
+import json
+
+import pytest
+
+from small_recipe import LORA, potstill
+from tiny import save_pair
+
+
+def test_check_tells_the_pipeline_an_example_and_the_cost(place, capsys):
+    assert potstill("check", place / "r.yaml") == 0
+    shown = capsys.readouterr().out
+    for said in (
+        "who writes the text",
+        "the teacher answers",
+        "positions",
+        "outcomes",
+        "distance",
+        "0.5 x forward_kl + 0.5 x cross-entropy",
+        "⟦",
+        "<|im_end|>⟧",
+        "read        36",
+        "too long",
+        "mean the same to both",
+        "4 of 4 rows (2 x 2)",
+        "together",
+        "Nothing stands in the way",
+    ):
+        assert said in shown, said
+    example = shown[shown.index("are targets") :]
+    marked = example[example.rindex("⟦") + 1 : example.rindex("⟧")]
+    assert "=" in marked
+    assert "Add" not in marked
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.too_long=error", "data.max_tokens=20"], "data.too_long"),
+        (["data.max_tokens=4096"], "512 positions"),
+        ([LORA.replace("q_proj", "w_proj")], "w_proj"),
+        (["data.columns={output: answer}"], "answer"),
+    ],
+)
+def test_check_refuses_what_must_fail_with_the_remedy(place, capsys, overrides, said):
+    assert potstill("check", place / "r.yaml", *overrides) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused_by_check_and_by_the_run(place, capsys):
+    other = place / "swapped"
+    save_pair(other, 1)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = spec["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    for command in ("check", "distill"):
+        assert potstill(command, place / "r.yaml", f"teacher.path={other}", f"run.folder={place}/never") == 2
+        assert "ids mean different tokens" in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
+def test_rows_without_an_answer_are_refused_before_a_model_is_loaded(place, capsys, monkeypatch):
+    monkeypatch.setattr("potstill.recipes.assemble.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (place / "empty.jsonl").write_text('{"instruction": "x", "input": "", "output": ""}\n' * 3)
+    arguments = (f"data.train={place}/empty.jsonl", "data.validation=null", f"run.folder={place}/never")
+    assert potstill("distill", place / "r.yaml", *arguments) == 2
+    assert "0 of 3 rows have target tokens" in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
+def test_content_cannot_command_the_terminal(place, capsys):
+    rows = [{"instruction": "\x1b]0;owned\x07 \x1b[2J", "input": "", "output": f"\x1b[31m{n}"} for n in range(4)]
+    (place / "ansi.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    potstill("check", place / "r.yaml", f"data.train={place}/ansi.jsonl", "data.validation=null")
+    shown = capsys.readouterr()
+    assert "\\x1b]0;owned" in shown.out
+    assert "\x1b]" not in shown.out
+    assert "\x1b[2J" not in shown.out
