@@ -30,7 +30,7 @@ ALLOWED_CHANGES = {
     "student.activation_checkpointing": "the same mathematics, executed differently",
 }
 # These give a finished run something to do.
-_REOPENING = ("training.epochs", "training.steps", "run.merge_adapter")
+_REOPENING = ("training.epochs", "training.steps", "training.early_stopping.patience", "run.merge_adapter")
 _GLOBAL_BATCH = ("training.batch_size", "training.accumulation")
 # They fix which rows belong to which step. With other values the place in the data is lost, so that no override helps.
 _ORDER = (*_GLOBAL_BATCH, "run.seed", "data.packing", "data.max_tokens")

@@ -1,7 +1,6 @@
-"""What goes wrong in a run: numbers that are not finite, signals in every phase, a validation loss that no longer falls."""
+"""What goes wrong in a run: numbers that are not finite, signals in every phase; what evaluation measures, what is refused."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from faultfs import without_syncing
-from potstill.errors import ConfigError, DataError, InterruptedRun, NonFiniteError
+from potstill.errors import DataError, InterruptedRun, NonFiniteError
 from potstill.run_folder import RunFolder
 from potstill.training.checkpoint import latest_checkpoint, load_checkpoint
 from potstill.training.seam import DistillationTrainer
@@ -200,41 +199,6 @@ def test_a_second_signal_leaves_at_once(number):
 # ---------------------------------------------------------------- evaluation
 
 
-def _with_losses(monkeypatch, losses: list[float]) -> None:
-    """Evaluations that find these losses, one after the other."""
-    from potstill.training.validation import Validation
-
-    found = iter(losses)
-    monkeypatch.setattr(Validation, "means", lambda self, measure, after_batch: [next(found), 0.0, 0.0])
-
-
-def test_early_stopping_ends_the_run_and_gives_back_the_best_weights(tmp_path, monkeypatch):
-    run = RUN.but(eval_steps=2, early_stopping={"patience": 2}, scheduler="constant", epochs=None, steps=20, keep_checkpoints=1)
-    _with_losses(monkeypatch, [5.0, 4.0, 4.5, 4.2, 1.0])
-    stopped, summary = execute(run, tmp_path / "run")
-    monkeypatch.undo()
-    assert (summary.steps, summary.best_step, summary.best_loss, summary.stopped_early) == (8, 4, 4.0, True)
-    best, _ = execute(run.but(steps=4, early_stopping=None), tmp_path / "best")
-    assert digest(weights(stopped)) == digest(weights(best))
-    again, summary = execute(run, tmp_path / "run")
-    assert (summary.steps, summary.stopped_early) == (8, True)
-    assert digest(weights(again)) == digest(weights(best))
-
-
-def test_an_improvement_smaller_than_min_delta_is_none(tmp_path, monkeypatch):
-    run = RUN.but(eval_steps=2, early_stopping={"patience": 2, "min_delta": 0.3}, epochs=None, steps=20)
-    _with_losses(monkeypatch, [5.0, 4.8, 4.75, 4.0])
-    _, summary = execute(run, tmp_path / "run")
-    assert (summary.steps, summary.best_step) == (6, 2)
-
-
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
-    run = RUN.but(eval_steps=2, early_stopping={"patience": 2}, epochs=None, steps=6)
-    _with_losses(monkeypatch, [math.nan, 4.0, math.inf])
-    _, summary = execute(run, tmp_path / "run")
-    assert (summary.steps, summary.best_step, summary.best_loss) == (6, 4, 4.0)
-
-
 def test_the_validation_loss_does_not_depend_on_its_batches(tmp_path):
     metrics = []
     for name, keys in {"one": {"batch_size": 1, "accumulation": 4}, "five": {"batch_size": 4, "accumulation": 1}}.items():
@@ -271,11 +235,6 @@ def test_trackers_write_into_the_run_folder(tmp_path):
 
 
 # ---------------------------------------------------------------- what is refused, and what is not there
-
-
-def test_early_stopping_without_validation_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="needs a validation set"):
-        execute(replace(RUN, num_validation=0).but(early_stopping={"patience": 1}), tmp_path / "run")
 
 
 def test_an_empty_training_set_is_refused(tmp_path):

@@ -6,6 +6,7 @@ It decides nothing about the data or the loss. Making the arguments also starts 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,8 +95,9 @@ def training_arguments(
             log_level="warning",
             **sharded,
         )
-    if args.fsdp_plugin_args is not None and config.precision == "bf16":
+    plugin: dict[str, Any] | None = args.fsdp_plugin_args
+    if plugin is not None and config.precision == "bf16":
         # Left to itself accelerate rounds what the wrapped forward returns, the loss, to bfloat16 (and with it the factor that goes
         # back through it), and adds the ranks' gradients up in bfloat16 too.
-        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return args

@@ -113,6 +113,19 @@ class Saver:
             _place_schedule(scheduler, optimizer, self.progress.step)
         self.found = None
 
+    def forget_lost_best(self) -> list[str]:
+        """The best evaluation counts only while its weights are there: a run without early stopping keeps the last ones alone.
+
+        Returns what the user should be told.
+        """
+        best = self.progress.best_step
+        if best in (None, self.progress.step):
+            return []
+        if not storage.verify_folder(checkpoint.checkpoint_path(self.folder.checkpoints, best)):
+            return []
+        self.progress.best_step, self.progress.best_loss, self.progress.evaluations_without_gain = None, None, 0
+        return [f"the weights of step {best}, the best so far, are not kept any more; the best is looked for among what follows"]
+
     def restore_best(self, model: nn.Module) -> bool:
         """The weights of the best evaluation. False where no evaluation was better than the last."""
         if self.progress.best_step in (None, self.progress.step):

@@ -4,6 +4,7 @@ It assembles the order of rows, the arguments, the checkpoint to resume from and
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,13 @@ def train(
         ranks = Ranks()
         fingerprints = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
         saver = Saver(folder, ranks, fingerprints, keep=config.keep_checkpoints)
-        for note in saver.look_for_checkpoint():
+        notes = saver.look_for_checkpoint()
+        if config.early_stopping:
+            notes += saver.forget_lost_best()
+        # Whoever has since asked for more patience, or for none of this, wants the run to go on.
+        patience = config.early_stopping.patience if config.early_stopping else math.inf
+        saver.progress.stopped_early &= saver.progress.evaluations_without_gain >= patience
+        for note in notes:
             _log.warning(note)
         refuse_smaller(saver.progress.step, num_steps)
         refuse_full_disk(saver, distiller)
