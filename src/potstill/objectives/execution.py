@@ -17,6 +17,8 @@ from potstill.objectives.tile import Finish, TileInput, tile_step
 _MIB = 2**20
 # Elements of one elementwise block: its handful of float32 temporaries then stays inside the cache of one core.
 _BLOCK = 2**17
+# Rows of a compiled block on a GPU: enough to fill it at any vocabulary.
+_COMPILED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ def choose_sizes(
     # Narrow products waste the processor, wide ones memory: the teacher gets half of the student's rows.
     part = max(group // 2, 1)
     part = _evened(group, max(1, min(execution.slice_rows or part, group)))
-    block = part if cuda else max(1, _BLOCK // vocabulary)
+    block = max(1, _BLOCK // vocabulary)
+    if cuda:
+        # A compiled tile is compiled anew for every number of rows, and batches differ in theirs.
+        block = min(_COMPILED_ROWS, 1 << (part.bit_length() - 1)) if execution.compiles(device) else part
     return Sizes(group, part, max(1, min(execution.block_rows or block, part)))
 
 
