@@ -52,8 +52,9 @@ def evaluation_request(
         check_model("teacher", config.teacher)
     check_data(config.data)
     if output is None and (Path(model).expanduser() / RECIPE).is_file():
-        stem = re.sub(r"(\.(jsonl|json|parquet|csv|txt))?(\.gz)?$", "", Path(data).name)
-        output = str(Path(model).expanduser() / "evaluation" / f"{stem}.json")
+        # One text may be measured alone and against several teachers; no record takes another's place.
+        names = [re.sub(r"(\.(jsonl|json|parquet|csv|txt))?(\.gz)?$", "", Path(data).name), *([Path(teacher).name] if teacher else [])]
+        output = str(Path(model).expanduser() / "evaluation" / f"{'-against-'.join(names)}.json")
     return config, output
 
 
