@@ -96,8 +96,8 @@ def _explain(error: OSError, path: Path, bytes_needed: int) -> StorageError:
     if error.errno in _DISK_FULL:
         free = free_bytes(path)
         limit = "the limit on file size is reached" if error.errno == errno.EFBIG else "the disk or its quota is full"
-        needed = f"{bytes_needed:,} bytes are needed, " if bytes_needed else ""
-        text = f"{path}: {limit}: {needed}{free:,} are free"
+        needed = f"{bytes_needed:,} bytes are needed, {free:,}" if bytes_needed else f"more bytes are needed than the {free:,} that"
+        text = f"{path}: {limit}: {needed} are free"
         text += "; what was committed before is whole: make room and run again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         text = f"{path}: cannot write here ({error.strerror}); make the folder writable or choose another one"
