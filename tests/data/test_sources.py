@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import time
 
 import numpy as np
 import pytest
@@ -118,6 +119,36 @@ def test_a_hub_name_that_cannot_be_loaded_is_one_clear_error(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(DataError, match="nobody/nothing-of-this-name: neither a file here nor a data set"):
         _read("nobody/nothing-of-this-name")
+
+
+def test_without_a_network_a_hub_name_is_refused_at_once(monkeypatch):
+    """Not told to be offline, on a machine where the hub's name does not resolve: the client must not go through its retries."""
+    import datasets
+    from huggingface_hub import constants
+
+    from potstill import hub
+
+    def unresolved(host, port):
+        raise OSError("Name or service not known")
+
+    told = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: told.append(constants.HF_HUB_OFFLINE) or load(*a, **k))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", unresolved)
+    for name in hub._PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    hub.hub_is_reachable.cache_clear()
+    began = time.monotonic()
+    try:
+        with pytest.raises(DataError, match="nobody/nothing-of-this-name: neither a file here nor a data set"):
+            _read("nobody/nothing-of-this-name")
+    finally:
+        hub.hub_is_reachable.cache_clear()
+    assert told == [True]
+    assert time.monotonic() - began < 10
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_hub_data_set_is_asked_for_its_subset_and_split(monkeypatch):

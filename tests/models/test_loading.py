@@ -172,7 +172,7 @@ def test_without_a_network_nothing_is_tried_five_times(monkeypatch):
     """Not told to be offline, on a machine where the hub's name does not resolve."""
     from huggingface_hub import constants
 
-    from potstill.models import hub
+    from potstill import hub
 
     asked = []
 

@@ -6,6 +6,7 @@ Knows how to read and how to draw; knows nothing of what a row means.
 import csv
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,31 @@ def _read_hub(item: MixtureItem) -> list[dict[str, Any]]:
     from datasets.exceptions import DatasetsError
 
     try:
-        data = datasets.load_dataset(item.path, name=item.subset, split=item.split)
+        with _cache_alone_without_network():
+            data = datasets.load_dataset(item.path, name=item.subset, split=item.split)
     except (OSError, ValueError, DatasetsError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise DataError(f"{item.path}: neither a file here nor a data set that can be loaded from the hub "
                         f"({type(error).__name__}: {first}). Check the name, the split and the network") from error
     assert isinstance(data, datasets.Dataset)  # a split was named
     return data.to_list()
+
+
+@contextmanager
+def _cache_alone_without_network() -> Iterator[None]:
+    """Where the hub cannot be reached its client would try five times, with half a minute of waiting; the cache is asked at once."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    from potstill.hub import hub_is_reachable
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not hub_is_reachable():
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def draw_mixture(sizes: list[int], weights: list[float] | None, limit: int | None, seed: int) -> list[np.ndarray]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import ModelError
+from potstill.hub import require_on_hub
 from potstill.models.config import LoraConfig
-from potstill.models.hub import require_on_hub
 
 
 @contextmanager

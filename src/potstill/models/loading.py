@@ -27,8 +27,8 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
+from potstill.hub import require_on_hub  # noqa: E402
 from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noqa: E402
-from potstill.models.hub import require_on_hub  # noqa: E402
 from potstill.models.quantising import choose_quantisation, keep_differentiable, wake  # noqa: E402
 
 Precision = Literal["bf16", "float32"]
