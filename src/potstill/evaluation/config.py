@@ -1,11 +1,13 @@
 """What `potstill evaluate` is asked. Free of torch and transformers, so that a wrong request is refused at once."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from potstill.config import Config
 from potstill.data.config import DataConfig
+from potstill.errors import UsageError
 from potstill.models.config import LoadingConfig
 
 
@@ -34,3 +36,13 @@ class EvaluationConfig(Config):
         if self.data.validation is not None:
             raise ValueError("data.validation: an evaluation reads one text; name it as data.train and leave validation out")
         return self
+
+
+def refuse_output(output: Path | str | None) -> None:
+    """Raises UsageError unless `output`, where the record is to be written, is the name of a JSON file."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.suffix != ".json" or path.is_dir():
+        better = path / "record.json" if path.is_dir() else path.with_suffix(".json")
+        raise UsageError(f"{output}: the record is one JSON file; name it so, for instance {better}")

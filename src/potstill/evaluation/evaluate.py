@@ -16,9 +16,9 @@ from potstill import storage
 from potstill.batch import Batch, Example
 from potstill.data.collation import collate
 from potstill.data.prepare import PreparedData, prepare
-from potstill.errors import ConfigError, UsageError
+from potstill.errors import ConfigError
 from potstill.evaluation.agreement import measure_documents
-from potstill.evaluation.config import EvaluationConfig
+from potstill.evaluation.config import EvaluationConfig, refuse_output
 from potstill.evaluation.metrics import Measurement
 from potstill.evaluation.record import EvaluationRecord, ModelRecord
 from potstill.evaluation.windows import windows
@@ -36,8 +36,7 @@ def evaluate(config: EvaluationConfig, *, output: Path | str | None = None, cons
 
     A bar is shown on `console` (by default stderr). Raises UsageError and its kinds for what cannot be measured.
     """
-    if output is not None and (Path(output).suffix != ".json" or Path(output).is_dir()):
-        raise UsageError(f"{output}: the record is one JSON file; name it so, for instance {Path(output).with_suffix('.json')}")
+    refuse_output(output)
     prepared = _prepare(config)
     device, precision = _where(config)
     student = CausalLM(load_model(config.model, precision=precision, device=device), prepared.vocabulary_size)

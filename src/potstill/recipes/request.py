@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.errors import RunFolderError, UsageError
-from potstill.evaluation.config import EvaluationConfig
+from potstill.evaluation.config import EvaluationConfig, refuse_output
 from potstill.models.config import LoadingConfig
 from potstill.recipes.mistakes import build
 from potstill.recipes.precheck import check_data, check_model
@@ -47,6 +47,7 @@ def evaluation_request(
     for setting in settings:
         apply_override(document, setting)
     config = build(EvaluationConfig, document, "command line")
+    refuse_output(output)
     check_model("model", config.model)
     if config.teacher is not None:
         check_model("teacher", config.teacher)

@@ -76,7 +76,8 @@ class Saver:
         if self.ranks.first:
             redo = self.folder.cut_back(self.committed)
             if self.committed is not None:
-                notes.append(f"resuming at step {self.committed}; {redo} steps since then are done again")
+                again = f"{redo} steps since then are done again" if redo else "no step was taken since then"
+                notes.append(f"resuming at step {self.committed}; {again}")
         return notes
 
     # ------------------------------------------------------------ commit and restore
