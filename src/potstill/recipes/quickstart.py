@@ -193,7 +193,7 @@ def _recipe(
             "steps": steps, "batch_size": plan.batch_size, "learning_rate": plan.learning_rate, "scheduler": "cosine",
             "warmup_steps": min(plan.warmup_steps, steps // 4), "weight_decay": 0.01, "adam_beta2": 0.98, "precision": "float32",
             "save_steps": max(1, steps // 2), "eval_steps": max(1, steps // plan.curve_points), "keep_checkpoints": 1,
-            "logging_steps": max(1, steps // 25),
+            "logging_steps": max(1, steps // 25), "compile": "off",  # nothing to win at this size, and compilers differ
         },
         "run": {"folder": str(folder / name), "seed": seed},
     }  # fmt: skip
