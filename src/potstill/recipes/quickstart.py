@@ -52,7 +52,7 @@ class Plan:
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     curve_points: int = 8
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
 
 
 def quickstart(
