@@ -1,8 +1,10 @@
 """The templates that TRL carries for real model families: marks as transformers sees them, and never a silently wrong mask."""
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from potstill.data.formats import Conversation
 from potstill.data.lines import RowFault
@@ -38,7 +40,16 @@ def _templates() -> list[Path]:
     return [path for path in sorted(folder.glob("*.jinja")) if not path.name.startswith(("llava", "idefics", "smolvlm"))]
 
 
-def test_every_template():
+class _TheDayThatIsWritten(datetime):
+    """Ours never depends on the day; transformers' rendering is asked for the same one."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 7, 26)
+
+
+def test_every_template(monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", _TheDayThatIsWritten)
     templates = _templates()
     assert len(templates) > 40
     refused = []
