@@ -72,7 +72,7 @@ def unbroken(tmp_path_factory):
     return digest(weights(distiller)), summary, RunFolder.read(path)
 
 
-def _same_as_unbroken(path: Path, unbroken) -> None:
+def _assert_same_as_unbroken(path: Path, unbroken) -> None:
     expected, summary, folder = unbroken
     distiller, resumed = execute(RUN, path)
     assert digest(weights(distiller)) == expected
@@ -100,7 +100,7 @@ def test_a_run_moves_and_dropout_counts(unbroken, tmp_path):
 @pytest.mark.parametrize("turn", range(1, STEPS * TURNS + 1))
 def test_killed_in_any_micro_batch(turn, unbroken, tmp_path):
     killed_at("training_step", turn, RUN, tmp_path / "run")
-    _same_as_unbroken(tmp_path / "run", unbroken)
+    _assert_same_as_unbroken(tmp_path / "run", unbroken)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_killed_in_any_micro_batch(turn, unbroken, tmp_path):
 )
 def test_killed_around_evaluation_and_commit(method, call, after, unbroken, tmp_path):
     killed_at(method, call, RUN, tmp_path / "run", after=after)
-    _same_as_unbroken(tmp_path / "run", unbroken)
+    _assert_same_as_unbroken(tmp_path / "run", unbroken)
 
 
 def test_killed_again_and_again(unbroken, tmp_path):
     for turn in (9, 8, 3, 7):
         killed_at("training_step", turn, RUN, tmp_path / "run")
-    _same_as_unbroken(tmp_path / "run", unbroken)
+    _assert_same_as_unbroken(tmp_path / "run", unbroken)
 
 
 def test_a_torn_checkpoint_is_passed_over_and_named(unbroken, tmp_path, caplog):
@@ -122,7 +122,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(unbroken, tmp_path, caplog):
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     victim = next(newest.glob("optimizer-*"))
     victim.write_bytes(victim.read_bytes()[:-5])
-    _same_as_unbroken(tmp_path / "run", unbroken)
+    _assert_same_as_unbroken(tmp_path / "run", unbroken)
     assert newest.name in caplog.text
 
 
