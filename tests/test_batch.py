@@ -1,11 +1,13 @@
 """Laws of Batch: the one shift pairs each target with the position before it, within one document."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.batch import Batch, Example
+from potstill.batch import Batch, Example, sequence_key
+from potstill.data.collation import collate
 
 DOCUMENTS = st.lists(
     st.lists(st.booleans(), min_size=1, max_size=6), min_size=0, max_size=4
@@ -77,3 +79,20 @@ def test_packed_says_whether_a_row_holds_several_documents():
     moved = _batch([[[True, True]]]).to("cpu")
     assert moved.num_targets == 1
     assert moved.num_tokens == 2
+
+
+def test_the_documents_of_a_batch_are_its_examples_with_their_own_target_rows_and_keys():
+    examples = [
+        Example([5, 6, 7, 8], [True, False, True, True], 0, route="a"), Example([9, 9], [False, True], 1, route="b"),
+        Example([3, 4, 5], [False, False, True], 2, route="a"),
+    ]  # fmt: skip
+    batch = collate([[examples[0], examples[1]], [examples[2]]], pad_token=0)
+    rows, targets = batch.target_rows()
+    documents = batch.sequences()
+    assert [d.tokens.tolist() for d in documents] == [e.tokens for e in examples]
+    assert [d.route for d in documents] == ["a", "b", "a"]
+    assert [targets[d.rows].tolist() for d in documents] == [[7, 8], [9], [5]]
+    for document, example in zip(documents, examples, strict=True):
+        assert document.key == sequence_key(np.array(example.tokens), np.array(example.is_target))
+    assert len({d.key for d in documents}) == 3
+    assert documents[-1].rows.stop == len(rows)

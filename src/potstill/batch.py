@@ -7,9 +7,16 @@ sees a prompt or a padding position.
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+import xxhash
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def sequence_key(tokens: np.ndarray, is_target: np.ndarray) -> bytes:
+    """16 bytes, equal for equal tokens and marks: what a recorded answer is found by, whatever shares its row or its batch."""
+    return xxhash.xxh3_128_digest(tokens.astype(np.int32).tobytes() + is_target.astype(np.bool_).tobytes())
 
 
 @dataclass(frozen=True)
@@ -17,13 +24,14 @@ class Example:
     """One tokenised sequence: which of its tokens must be predicted, and where it comes from.
 
     `tokens` and `is_target` have equal length; `origin` ("file.jsonl:17") is for messages, `index` is the row's number in its
-    data set and is what the log of seen samples holds.
+    data set and is what the log of seen samples holds. `route` names the teacher that answers it, where several do.
     """
 
     tokens: list[int]
     is_target: list[bool]
     index: int
     origin: str = ""
+    route: str = ""
 
     def __post_init__(self):
         if len(self.tokens) != len(self.is_target):
@@ -33,6 +41,20 @@ class Example:
     def num_targets(self) -> int:
         """Tokens that are predicted: a target in first place has no predictor and does not count."""
         return sum(self.is_target[1:])
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sequence of a batch, without padding and neighbours. `rows` are its target rows among the batch's, in their order."""
+
+    tokens: Int[Tensor, "L"]
+    is_target: Bool[Tensor, "L"]
+    rows: slice
+    route: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return sequence_key(self.tokens.cpu().numpy(), self.is_target.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,7 @@ class Batch:
     documents: Int[Tensor, "B T"]      # numbered from 0 within a row; -1 is padding
     is_target: Bool[Tensor, "B T"]     # this token must be predicted
     examples: tuple[int, ...] = ()     # Example.index of what is inside, in order
+    routes: tuple[str, ...] = ()       # Example.route of the same; empty where one teacher answers all
 
     @cached_property
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +108,20 @@ class Batch:
     @property
     def is_packed(self) -> bool:
         return bool((self.documents > 0).any())
+
+    def sequences(self) -> list[Document]:
+        """The documents of the batch, row by row, each with the slice of the target rows that is its own."""
+        found: list[Document] = []
+        first = 0
+        for tokens, documents, is_target in zip(self.tokens, self.documents, self.is_target, strict=True):
+            start = 0
+            for length in torch.unique_consecutive(documents[documents >= 0], return_counts=True)[1].tolist():
+                part = slice(start, start + length)
+                end = first + int(is_target[part][1:].sum())
+                route = self.routes[len(found)] if self.routes else ""
+                found.append(Document(tokens[part], is_target[part], slice(first, end), route))
+                start, first = part.stop, end
+        return found
 
     def select(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "N D"]:
         """The rows of a [B, T, D] tensor that predict a target."""

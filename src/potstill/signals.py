@@ -1,78 +1,157 @@
-"""What an objective asks of a teacher (Needs) and what a teacher answers (TeacherSignal), by target row.
+"""What an objective asks of a teacher (Needs), what a teacher can answer (Offers) and what it answers (TeacherSignal), by target row.
 
-Log-probabilities here are under the teacher's full softmax at temperature 1. Nothing here knows where an answer comes from.
+Log-probabilities here are under the teacher's full softmax. Nothing here knows where an answer comes from.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from potstill.head import Head
 
-Outcomes = Literal["nothing", "sampled", "top_k", "full"]
-_RANK = {"nothing": 0, "sampled": 1, "top_k": 2, "full": 3}
+Outcomes = Literal["nothing", "sampled", "top_k", "projected", "full"]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which outcomes an objective must know of the teacher's next-token distribution. Needs unite with `|`."""
+    """Which outcomes an objective must know of the teacher's next-token distribution."""
 
     outcomes: Outcomes = "nothing"
-
-    def __or__(self, other: "Needs") -> "Needs":
-        return max(self, other, key=lambda needs: _RANK[needs.outcomes])
-
-    def within(self, offers: "Needs") -> bool:
-        """Whether a teacher that offers `offers` can serve these needs: full serves all, else only its own kind."""
-        return self.outcomes == "nothing" or offers.outcomes in ("full", self.outcomes)
+    top_k: int | None = None
+    """Exactly so many kept outcomes; None: as many as the teacher has to give."""
+    temperature: float | None = None
+    """The distribution at this temperature; None: any will do."""
 
 
 @dataclass(frozen=True)
-class FullOutcomes:
+class Offers:
+    """What a teacher can answer. Who offers "full" serves every need."""
+
+    outcomes: frozenset[Outcomes]
+    top_k: int | None = None
+    """The most outcomes that it keeps; None: no limit."""
+    temperature: float | None = None
+    """A record stands at one temperature; None: any."""
+
+    def lacks(self, needs: Needs) -> str | None:
+        """What is asked and cannot be had, in words that follow "it offers"; None where everything can be served."""
+        if needs.outcomes == "nothing" or "full" in self.outcomes:
+            return None
+        if needs.outcomes not in self.outcomes:
+            return f"{' or '.join(sorted(self.outcomes))} outcomes, not {needs.outcomes} ones"
+        if needs.top_k is not None and self.top_k is not None and needs.top_k > self.top_k:
+            return f"{self.top_k} kept outcomes, not {needs.top_k}"
+        if None not in (needs.temperature, self.temperature) and needs.temperature != self.temperature:
+            return f"outcomes at temperature {self.temperature}, not {needs.temperature}"
+        return None
+
+
+_Rows = TypeVar("_Rows", bound="_ByRow")
+
+
+@dataclass(frozen=True)
+class _ByRow:
+    """Tensors of N rows. A field that is no tensor belongs to all rows."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def rows(self: _Rows, part: "slice | Int[Tensor, 'M']") -> _Rows:
+        """The rows of a slice, or those with these numbers, in that order."""
+        return replace(self, **{name: tensor[part] for name, tensor in self._tensors().items()})
+
+    def to(self: _Rows, device) -> _Rows:
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def __len__(self) -> int:
+        return next(iter(self._tensors().values())).shape[0]
+
+
+@dataclass(frozen=True)
+class FullOutcomes(_ByRow):
     """The whole distribution, as hidden rows and a head, so that even the teacher's logits exist one chunk at a time."""
 
     hidden: Float[Tensor, "N D"]
     head: Head
 
-    def rows(self, part: slice) -> "FullOutcomes":
-        return FullOutcomes(self.hidden[part], self.head)
-
-    def __len__(self) -> int:
-        return self.hidden.shape[0]
-
 
 @dataclass(frozen=True)
-class TopKOutcomes:
-    """K kept ids a row, their log-probabilities, and the log of the mass outside them (from the full softmax)."""
+class TopKOutcomes(_ByRow):
+    """K kept ids a row, their log-probabilities, and the log of the mass outside them, all from the full softmax at `temperature`.
+
+    `target_log_probs` is the teacher's log-probability of the token that came, kept or not, where it is known.
+    """
 
     ids: Int[Tensor, "N K"]
     log_probs: Float[Tensor, "N K"]
     log_tail: Float[Tensor, "N"]
-
-    def rows(self, part: slice) -> "TopKOutcomes":
-        return TopKOutcomes(self.ids[part], self.log_probs[part], self.log_tail[part])
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
+    target_log_probs: Float[Tensor, "N"] | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
-class SampledOutcomes:
-    """Sampled ids a row and their weights (counts / draws; not self-normalised). A weight of 0 is padding."""
+class SampledOutcomes(_ByRow):
+    """Ids a row and their weights: an unbiased estimate of the teacher's probabilities at `temperature` (2503.16870).
+
+    The weights are not self-normalised; a weight of 0 is padding.
+    """
 
     ids: Int[Tensor, "N K"]
     weights: Float[Tensor, "N K"]
+    temperature: float = 1.0
 
-    def rows(self, part: slice) -> "SampledOutcomes":
-        return SampledOutcomes(self.ids[part], self.weights[part])
+
+@dataclass(frozen=True)
+class ProjectedOutcomes(_ByRow):
+    """The teacher's probabilities p projected on the student's frozen, linear head z = W h + b: exact for forward KL, and for it alone.
+
+    KL(p || q) = logsumexp(z / T) - (h . projection + bias) / T - entropy, with projection = sum_i p_i W_i, bias = sum_i p_i b_i, both with
+    the head's scale in them, and the teacher's entropy in nats, p taken at temperature T. `head_digest` names the head that was used.
+    """
+
+    projection: Float[Tensor, "N D"]
+    bias: Float[Tensor, "N"]
+    entropy: Float[Tensor, "N"]
+    head_digest: str = ""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class MixtureOutcomes:
+    """A weighted mean of whole distributions: sum_i weights[i] * p_i, the weights adding up to 1."""
+
+    members: tuple[FullOutcomes, ...]
+    weights: tuple[float, ...]
+
+    def rows(self, part: "slice | Tensor") -> "MixtureOutcomes":
+        return MixtureOutcomes(tuple(member.rows(part) for member in self.members), self.weights)
+
+    def to(self, device) -> "MixtureOutcomes":
+        return MixtureOutcomes(tuple(member.to(device) for member in self.members), self.weights)
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return len(self.members[0])
 
 
-TeacherOutcomes = FullOutcomes | TopKOutcomes | SampledOutcomes
+WholeOutcomes = FullOutcomes | TopKOutcomes | SampledOutcomes | ProjectedOutcomes | MixtureOutcomes
+
+
+@dataclass(frozen=True)
+class RoutedOutcomes:
+    """Rows answered by different teachers: pairs of row numbers and what one teacher says of those rows; each row stands once."""
+
+    parts: tuple[tuple[Int[Tensor, "M"], WholeOutcomes], ...] = field(default=())
+
+    def to(self, device) -> "RoutedOutcomes":
+        return RoutedOutcomes(tuple((rows.to(device), outcomes.to(device)) for rows, outcomes in self.parts))
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows, _ in self.parts)
+
+
+TeacherOutcomes = WholeOutcomes | RoutedOutcomes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from potstill.batch import Batch
 from potstill.errors import IncompatibleError
 from potstill.models.causal_lm import CausalLM
-from potstill.signals import FullOutcomes, Needs
+from potstill.signals import FullOutcomes, Needs, Offers
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.teacher import Teacher, require
 from tiny import tiny_llama
@@ -46,7 +46,7 @@ def test_asked_for_nothing_it_computes_nothing():
 
 
 class Sampler:
-    name, offers = "the sampler", Needs("sampled")
+    name, offers, identity = "the sampler", Offers(frozenset({"sampled"})), {}
 
     def score(self, batch, needs):
         raise AssertionError

@@ -36,7 +36,9 @@ def collate(
             documents[number, start:end] = document
             is_target[number, start:end] = torch.tensor(example.is_target, dtype=torch.bool)
             start = end
-    return Batch(tokens, positions, documents, is_target, tuple(example.index for row in rows for example in row))
+    inside = [example for row in rows for example in row]
+    routes = tuple(example.route for example in inside) if any(example.route for example in inside) else ()
+    return Batch(tokens, positions, documents, is_target, tuple(example.index for example in inside), routes)
 
 
 def empty_batch(*, pad_token: int, sequences: int = 1, width: int = 8) -> Batch:

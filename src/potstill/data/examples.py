@@ -6,9 +6,8 @@ from dataclasses import dataclass, fields
 from typing import overload
 
 import numpy as np
-import xxhash
 
-from potstill.batch import Example
+from potstill.batch import Example, sequence_key
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,9 @@ class ExampleSet(Sequence[Example]):
         return self._sum_by_example(np.where(self._predicted(), self._bytes_of[self._tokens], 0))
 
     def digest(self, index: int) -> bytes:
-        """Equal for examples of equal tokens and marks."""
+        """The key of an example: equal for equal tokens and marks."""
         part = self._part(index)
-        return xxhash.xxh3_128_digest(self._tokens[part].tobytes() + self._is_target[part].tobytes())
+        return sequence_key(self._tokens[part], self._is_target[part])
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "ExampleSet":
         """A set of these examples in this order, numbered anew."""

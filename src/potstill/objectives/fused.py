@@ -18,7 +18,7 @@ from potstill.objectives.passes import Job, run
 from potstill.objectives.plan import Plan, likelihood_plan, make_plan
 from potstill.objectives.supports import check_support
 from potstill.objectives.tile import Finish
-from potstill.signals import FullOutcomes, TeacherOutcomes
+from potstill.signals import FullOutcomes, SampledOutcomes, TeacherOutcomes, TopKOutcomes
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def run_plan(
 
 
 def _check_ids(teacher: TeacherOutcomes, vocabulary: int) -> None:
-    if isinstance(teacher, FullOutcomes) or teacher.ids.device.type != "cpu" or not teacher.ids.numel():
+    if not isinstance(teacher, TopKOutcomes | SampledOutcomes) or teacher.ids.device.type != "cpu" or not teacher.ids.numel():
         return
     if not 0 <= int(teacher.ids.min()) <= int(teacher.ids.max()) < vocabulary:
         raise IncompatibleError(

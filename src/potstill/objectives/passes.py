@@ -150,6 +150,7 @@ class _TeacherSlices:
             return teacher.ids[rows].long(), teacher.log_probs[rows], teacher.log_tail[rows]
         if isinstance(teacher, SampledOutcomes):
             return teacher.ids[rows].long(), teacher.weights[rows]
+        assert isinstance(teacher, FullOutcomes)
         linear = self._buffer[: rows.stop - rows.start]
         _linear_into(linear, [(left[rows], right) for left, right in self._products], teacher.head.bias)
         return (linear,)

@@ -1,10 +1,12 @@
 """A teacher in this process. It answers with hidden rows and its head, so that its logits never exist as a whole."""
 
+from collections.abc import Mapping
+
 import torch
 
 from potstill.batch import Batch
 from potstill.models.causal_lm import CausalLM
-from potstill.signals import FullOutcomes, Needs, TeacherSignal
+from potstill.signals import FullOutcomes, Needs, Offers, TeacherSignal
 
 
 class LocalTeacher:
@@ -18,8 +20,12 @@ class LocalTeacher:
         return f"the local teacher {self.causal_lm.name}"
 
     @property
-    def offers(self) -> Needs:
-        return Needs("full")
+    def offers(self) -> Offers:
+        return Offers(frozenset({"full"}))
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        return {}
 
     @torch.no_grad()
     def score(self, batch: Batch, needs: Needs) -> TeacherSignal:
@@ -28,3 +34,6 @@ class LocalTeacher:
             return TeacherSignal()
         rows, head = self.causal_lm(batch)
         return TeacherSignal(FullOutcomes(rows, head))
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,10 +1,11 @@
 """What every teacher can do, and the check, when a run is assembled, that it can do what the objective asks."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from potstill.batch import Batch
 from potstill.errors import IncompatibleError
-from potstill.signals import Needs, TeacherSignal
+from potstill.signals import Needs, Offers, TeacherSignal
 
 
 class Teacher(Protocol):
@@ -14,17 +15,27 @@ class Teacher(Protocol):
     def name(self) -> str: ...
 
     @property
-    def offers(self) -> Needs: ...
+    def offers(self) -> Offers: ...
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What must not change under a run that is resumed, by name: hashes and settings, never a path or a secret."""
+        ...
 
     def score(self, batch: Batch, needs: Needs) -> TeacherSignal:
-        """The answer for the rows of `batch.target_rows()`, in their order."""
+        """The answer for the rows of `batch.target_rows()`, in their order, on the batch's device."""
+        ...
+
+    def close(self) -> None:
+        """Gives back connections, files and threads; a closed teacher is not asked again."""
         ...
 
 
 def require(teacher: Teacher, needs: Needs, asked_by: str = "the objective") -> None:
     """Raises IncompatibleError, naming both sides, where the teacher does not offer what is asked of it."""
-    if not needs.within(teacher.offers):
+    lacking = teacher.offers.lacks(needs)
+    if lacking is not None:
         raise IncompatibleError(
-            f"{asked_by} asks for {needs.outcomes} outcomes of the teacher, but {teacher.name} offers {teacher.offers.outcomes}; "
+            f"{asked_by} asks for {needs.outcomes} outcomes of the teacher, but {teacher.name} offers {lacking}; "
             "choose another teacher, or an objective for what this one offers"
         )

@@ -1,0 +1,1 @@
+"""Asks a teacher once for everything that a run needs, and records the answers."""
