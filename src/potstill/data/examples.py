@@ -43,10 +43,12 @@ class ExampleSet(Sequence[Example]):
     """N examples: tokens in one int32 array, marks in one bool array, and offsets. `self[i].index == i`."""
 
     def __init__(self, tokens: np.ndarray, is_target: np.ndarray, offsets: np.ndarray, *, places: np.ndarray,
-                 sources: tuple[str, ...], bytes_of: np.ndarray):
-        """`offsets` [N+1]; `places` [N, 2]: number of the source and of the row in it; `bytes_of` [V]: bytes of text of each token."""
+                 sources: tuple[str, ...], bytes_of: np.ndarray, routes: np.ndarray, route_names: tuple[str, ...]):
+        """`offsets` [N+1]; `places` [N, 2]: number of the source and of the row in it; `bytes_of` [V]: bytes of text of each token;
+        `routes` [N]: which of `route_names` answers."""
         self._tokens, self._is_target, self._offsets = tokens, is_target, offsets
         self._places, self._sources, self._bytes_of = places, sources, bytes_of
+        self._routes, self._route_names = routes, route_names
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -67,11 +69,21 @@ class ExampleSet(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         index = int(index) % len(self)
         part = self._part(index)
-        return Example(self._tokens[part].tolist(), self._is_target[part].tolist(), index, self.origin(index))
+        return Example(self._tokens[part].tolist(), self._is_target[part].tolist(), index, self.origin(index), self.route(index))
 
     def origin(self, index: int) -> str:
         source, number = self._places[index]
         return f"{self._sources[source]}:{number}"
+
+    def route(self, index: int) -> str:
+        """Who answers it; empty where one answers all."""
+        return self._route_names[self._routes[index]]
+
+    @property
+    def route_counts(self) -> dict[str, int]:
+        """Examples of each route."""
+        counts = np.bincount(self._routes, minlength=len(self._route_names))
+        return {name: int(count) for name, count in zip(self._route_names, counts, strict=True) if count}
 
     @property
     def rows(self) -> list[range]:
@@ -123,10 +135,12 @@ class ExampleSet(Sequence[Example]):
         parts = [self._part(int(index)) for index in indices]
         offsets = np.concatenate([[0], np.cumsum([part.stop - part.start for part in parts])]).astype(np.int64)
         empty = self._tokens[:0], self._is_target[:0]
+        chosen = np.asarray(indices, dtype=np.int64)
         return ExampleSet(
             np.concatenate([empty[0], *(self._tokens[part] for part in parts)]),
             np.concatenate([empty[1], *(self._is_target[part] for part in parts)]),
-            offsets, places=self._places[np.asarray(indices, dtype=np.int64)], sources=self._sources, bytes_of=self._bytes_of,
+            offsets, places=self._places[chosen], sources=self._sources, bytes_of=self._bytes_of,
+            routes=self._routes[chosen], route_names=self._route_names,
         )
 
 
@@ -139,14 +153,17 @@ class ExampleSetBuilder:
         self._marks: list[np.ndarray] = []
         self._places: list[tuple[int, int]] = []
         self._sources: dict[str, int] = {}
+        self._routes: list[int] = []
+        self._route_names: dict[str, int] = {}
 
-    def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], source: str, number: int) -> None:
+    def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], source: str, number: int, route: str = "") -> None:
         marks = np.zeros(len(tokens), dtype=bool)
         for start, end in spans:
             marks[start:end] = True
         self._tokens.append(np.asarray(tokens, dtype=np.int32))
         self._marks.append(marks)
         self._places.append((self._sources.setdefault(source, len(self._sources)), number))
+        self._routes.append(self._route_names.setdefault(route, len(self._route_names)))
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -157,4 +174,5 @@ class ExampleSetBuilder:
             np.concatenate(self._marks) if self._marks else np.zeros(0, bool),
             np.concatenate([[0], np.cumsum([len(tokens) for tokens in self._tokens])]).astype(np.int64),
             places=np.array(self._places, dtype=np.int64).reshape(-1, 2), sources=tuple(self._sources), bytes_of=self._bytes_of,
+            routes=np.array(self._routes, dtype=np.int32), route_names=tuple(self._route_names),
         )

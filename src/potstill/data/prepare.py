@@ -4,7 +4,7 @@ The one place where the room's parts meet. It knows no model and no training.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from potstill.data.examples import DataCounts, ExampleSet, ExampleSetBuilder
 from potstill.data.formats import Item, Reading, check_columns, is_unfinished, read_item
 from potstill.data.lines import Rejects, Row, RowFault
 from potstill.data.rendering import Rendered, Renderer
+from potstill.data.routing import Routing
 from potstill.data.sources import read_source, read_training_sources
 from potstill.data.templates import settle_template
 from potstill.data.token_bytes import token_bytes
@@ -51,14 +52,17 @@ def prepare(
     progress: bool | None = None,
     rejects_file: Path | None = None,
     strict: bool = True,
+    route_column: str | None = None,
+    routes: Collection[str] = (),
 ) -> PreparedData:
     """Reads and renders everything that `config` names, deterministically from `seed`.
 
     The tokenizer gets the named chat template, if one is named. `end_of_text`: further ids at which the model stops.
     `progress`: a bar on stderr; by default if it is a terminal. `rejects_file`: where bad lines are written, one JSON a line.
-    With `strict=False` what is too long or without targets is returned in `problems`, for a look before a run. Raises DataError.
+    With `strict=False` what is too long or without targets is returned in `problems`, for a look before a run.
+    `route_column`: the column that names, for each row, which of `routes` answers it. Raises DataError.
     """
-    preparation = _Preparation(config, tokenizer, end_of_text, progress, strict)
+    preparation = _Preparation(config, tokenizer, end_of_text, progress, strict, Routing.of(route_column, routes))
     try:
         return _prepare(preparation, config, seed)
     finally:
@@ -109,9 +113,10 @@ class _Preparation:
     """What reading and rendering of all sources share."""
 
     def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_of_text: Sequence[int], progress: bool | None, strict: bool
-    ):
-        self.config, self.tokenizer, self.strict = config, tokenizer, strict
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, end_of_text: Sequence[int], progress: bool | None, strict: bool,
+        routing: Routing | None,
+    ):  # fmt: skip
+        self.config, self.tokenizer, self.strict, self.routing = config, tokenizer, strict, routing
         self.progress = progress
         self.rejects = Rejects(config.bad_lines_allowed)
         self.validation_rejects = Rejects(config.bad_lines_allowed)
@@ -127,7 +132,9 @@ class _Preparation:
         return Reading(item.format or config.format, config.columns if item.columns is None else item.columns, config.instruct_prompt)
 
     def checked(self, item: MixtureItem, rows: list[Row], validation: bool = False) -> list[Row]:
-        return check_columns(rows, self.reading(item), item.path, self.validation_rejects if validation else self.rejects)
+        rejects = self.validation_rejects if validation else self.rejects
+        rows = check_columns(rows, self.reading(item), item.path, rejects)
+        return rows if self.routing is None else self.routing.checked(rows, item.path, rejects)
 
     def write_rejects(self, path: Path | None) -> None:
         items = [*self.rejects.items, *self.validation_rejects.items]
@@ -183,6 +190,7 @@ class _Preparation:
 
     def _add(self, row: Row, rendered: Rendered, builder: ExampleSetBuilder, tally: "_Tally") -> None:
         tokens, spans, limit = rendered.tokens, rendered.spans, self.config.max_tokens
+        route = "" if self.routing is None else self.routing.route(row)
         tally.longest = max(tally.longest, len(tokens))
         if len(tokens) > limit:
             tally.too_long.append((len(tokens), row.origin))
@@ -192,7 +200,7 @@ class _Preparation:
             if self.config.too_long == "split":
                 tally.used += 1
                 for piece, inside in _pieces(tokens, spans, limit):
-                    builder.add(piece, inside, row.source, row.number)
+                    builder.add(piece, inside, row.source, row.number, route)
                 return
             tokens, spans = self._cut(tokens, spans, limit)
             if not spans:
@@ -202,7 +210,7 @@ class _Preparation:
         elif tokens[spans[-1][1] - 1] not in self.renderer.ending_ids:
             tally.unended += 1
         tally.used += 1
-        builder.add(tokens, spans, row.source, row.number)
+        builder.add(tokens, spans, row.source, row.number, route)
 
     def _cut(self, tokens: list[int], spans: list[tuple[int, int]], limit: int) -> tuple[list[int], list[tuple[int, int]]]:
         """Exactly `limit` tokens; nothing is added, so that a cut answer does not end. A BOS stays in front."""

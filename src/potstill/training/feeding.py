@@ -13,7 +13,7 @@ from potstill.data.packing import pack
 class Rows:
     """The rows of a data set: packed sequences of up to `max_tokens`, or one example each where `max_tokens` is None.
 
-    `fingerprint` changes when a row, a token or a target does: a resumed run must see what it would have seen.
+    `fingerprint` changes when a row, a token, a target or who answers does: a resumed run must see what it would have seen.
     """
 
     def __init__(self, examples: Sequence[Example], *, pad_token: int, seed: int, max_tokens: int | None):
@@ -24,6 +24,8 @@ class Rows:
             lengths.append(len(example.tokens))
             digest.update(numpy.asarray([example.index, lengths[-1], *example.tokens], dtype=numpy.int64).tobytes())
             digest.update(numpy.asarray(example.is_target, dtype=numpy.bool_).tobytes())
+            if example.route:
+                digest.update(example.route.encode())
         self._bins = pack(lengths, max_tokens, seed) if max_tokens is not None else [[index] for index in range(len(lengths))]
         digest.update(repr(self._bins).encode())
         self.fingerprint = digest.hexdigest()
