@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from potstill.errors import IncompatibleError
 from potstill.head import Head
 
 Outcomes = Literal["nothing", "sampled", "top_k", "projected", "full"]
@@ -90,6 +91,20 @@ class TopKOutcomes(_ByRow):
     target_log_probs: Float[Tensor, "N"] | None = None
     temperature: float = 1.0
 
+    def cut(self, k: int) -> "TopKOutcomes":
+        """The k most likely of the kept outcomes, in falling order; the mass of the others goes to the tail.
+
+        The ids of a row must differ, but for those of log-probability -inf (padding). The same object where k is what it holds.
+        """
+        if k == self.ids.shape[-1]:
+            return self
+        if not 0 < k < self.ids.shape[-1]:
+            raise IncompatibleError(f"{self.ids.shape[-1]} outcomes are kept and {k} are asked for; lower objective.top_k")
+        ordered, order = self.log_probs.sort(dim=-1, descending=True, stable=True)
+        left_out = ordered[..., k:].double().logsumexp(-1)
+        log_tail = left_out.logaddexp(self.log_tail.double()).to(self.log_tail.dtype)
+        return replace(self, ids=self.ids.gather(-1, order[..., :k]), log_probs=ordered[..., :k].contiguous(), log_tail=log_tail)
+
 
 @dataclass(frozen=True)
 class SampledOutcomes(_ByRow):
@@ -142,7 +157,7 @@ WholeOutcomes = FullOutcomes | TopKOutcomes | SampledOutcomes | ProjectedOutcome
 class RoutedOutcomes:
     """Rows answered by different teachers: pairs of row numbers and what one teacher says of those rows; each row stands once."""
 
-    parts: tuple[tuple[Int[Tensor, "M"], WholeOutcomes], ...] = field(default=())
+    parts: tuple[tuple[Int[Tensor, "_"], WholeOutcomes], ...] = field(default=())
 
     def to(self, device) -> "RoutedOutcomes":
         return RoutedOutcomes(tuple((rows.to(device), outcomes.to(device)) for rows, outcomes in self.parts))
