@@ -14,8 +14,10 @@ from typing import Any
 
 from potstill import storage
 
-COUNTED = ("create", "append", "write", "truncate", "fsync", "rename", "unlink", "mkdir", "rmdir", "sync_folder")
-GROWING = ("create", "append", "write", "mkdir", "fsync")     # what a full disk refuses
+COUNTED = (
+    "create", "append", "write", "truncate", "fsync", "rename", "unlink", "mkdir", "rmdir", "sync_folder", "put_object", "delete_object",
+)  # fmt: skip
+GROWING = ("create", "append", "write", "mkdir", "fsync", "put_object")     # what a full disk refuses
 CRASHES = ("crash", "torn", "power_loss", "metadata_first")
 # Syncing costs a hundred times more than the rest of a trial and proves nothing here: what is durable is the account kept below.
 REAL = storage.Operations(fsync=lambda descriptor: None, sync_folder=lambda path: None)

@@ -37,8 +37,22 @@ class RunFolderError(UsageError):
     """A run folder cannot be used: locked by another run, made by another recipe, or not writable."""
 
 
+class CacheError(UsageError):
+    """A cache of answers is not one, is in use, or was made from something else; the message names the field."""
+
+
 class StorageError(PotstillError, OSError):
     """Bytes could not be written or do not read back as written; the message names the path."""
+
+
+class TeacherError(PotstillError):
+    """A served teacher refuses, has become another model, or answers what cannot be believed; the message holds its own words."""
+
+
+class OutageError(PotstillError, OSError):
+    """A server that the run depends on is away for too long. Everything committed stays; the same command goes on later (EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 class NonFiniteError(PotstillError, ArithmeticError):

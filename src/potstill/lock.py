@@ -48,8 +48,10 @@ class Lock:
     `taken_over` describes the owner that died without releasing it, else None.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(
+        self, path: Path, *, held: str = "another run is using this folder", remedy: str = "stop it, or set run.folder to another one"
+    ):
+        self.path, self._held, self._remedy = path, held, remedy
         self.taken_over: str | None = None
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -74,10 +76,8 @@ class Lock:
             except BlockingIOError:
                 owner = self._read()
                 if not _is_dead(owner) or time.monotonic() > deadline:
-                    raise RunFolderError(
-                        f"{self.path.parent}: another run is using this folder ({_describe(owner)}); "
-                        "wait for it, stop it, or set run.folder to another one"
-                    ) from None
+                    text = f"{self.path.parent}: {self._held} ({_describe(owner)}); wait for it, {self._remedy}"
+                    raise RunFolderError(text) from None
                 time.sleep(0.02)
             except OSError as error:
                 remedy = "set run.folder to a local one"

@@ -87,6 +87,8 @@ class Operations:
     mkdir: Callable[[Path], None] = os.mkdir
     rmdir: Callable[[Path], None] = os.rmdir
     sync_folder: Callable[[Path], None] = _sync_folder
+    put_object: Callable[[Any, str, bytes], None] = lambda system, path, data: system.pipe_file(path, data)
+    delete_object: Callable[[Any, str], None] = lambda system, path: system.rm_file(path)
 
 
 OPERATIONS = Operations()
@@ -121,7 +123,7 @@ def _explaining(path: Path, bytes_needed: int = 0) -> Iterator[None]:
         raise _explain(error, path, bytes_needed) from error
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     for start in range(0, len(view), _CHUNK):
         part = view[start : start + _CHUNK]
@@ -129,7 +131,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
             part = part[OPERATIONS.write(descriptor, part) :]
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes | memoryview) -> None:
     descriptor = OPERATIONS.create(path)
     try:
         _write_all(descriptor, data)
@@ -143,7 +145,7 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{next(_serial)}")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Durable and atomic: after a crash at any instant `path` holds the old bytes or the new ones. Raises StorageError."""
     unfinished = temporary(path)
     with _explaining(path, len(data)):
