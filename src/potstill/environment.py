@@ -1,6 +1,7 @@
 """What a run states about its surroundings: versions, platform, threads; and how secrets are kept out of everything written.
 
-The process environment is never written. It is read for one purpose: to blank the values that look like credentials.
+The process environment is never written. It is read for one purpose: to blank the values that look like credentials. Secrets that
+come from elsewhere are made known by whoever reads them.
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 import sys
 from importlib import metadata
 from typing import Any
+from urllib.parse import quote
 
 _PACKAGES = (
     "potstill", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes",
@@ -17,13 +19,20 @@ _SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNO
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})\b")
 _SHORTEST_SECRET = 8  # shorter values ("1", "true") would blank innocent text
+_SHORTEST_KNOWN = 4    # of a value that is known to be a secret
 HIDDEN = "***"
+_known: set[str] = set()
+
+
+def keep_secret(value: str) -> None:
+    """From now on `value`, plain or percent-encoded, is blanked wherever a text is redacted."""
+    _known.update(text for text in (value, quote(value, safe="")) if len(text) >= _SHORTEST_KNOWN)
 
 
 def _secrets() -> list[str]:
     values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET}
     # A variable that names a file or a folder (SSH_AUTH_SOCK, GOOGLE_APPLICATION_CREDENTIALS) holds no secret itself.
-    return sorted((value for value in values if not value.startswith("/")), key=len, reverse=True)
+    return sorted({value for value in values if not value.startswith("/")} | _known, key=len, reverse=True)
 
 
 def redact_text(text: str) -> str:

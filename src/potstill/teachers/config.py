@@ -1,8 +1,8 @@
-"""Which teacher a recipe names. Imports neither torch nor transformers."""
+"""Which teacher a recipe names: one of four kinds, a local one where none is named. Imports neither torch nor transformers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from potstill.config import Config
 from potstill.models.config import LoadingConfig
@@ -25,7 +25,7 @@ class CacheTeacherConfig(Config):
     path: Annotated[str, Field(min_length=1)]
     """The cache: a folder, or any path that fsspec knows (s3://..., memory://...)."""
     model: LoadingConfig | None = None
-    """The model that must have made it: its weights, adapter and quantisation are compared with what the cache states."""
+    """The model that must have made it, with the loading keys of a local teacher: its weights are compared with what the cache states."""
 
 
 class ServerTeacherConfig(Config):
@@ -57,8 +57,9 @@ class ServerTeacherConfig(Config):
     """How long the server may be away or refuse before the run stops, with everything committed."""
     probe_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How often a probe text is scored again, to notice another model behind the same address."""
-    probe_tolerance: Annotated[float, Field(gt=0)] = 0.05
-    """The largest drift of a probe's log-probability, in nats, that is still the same model."""
+    probe_tolerance: Annotated[float, Field(gt=0)] = 0.25
+    """The largest drift of a probe's log-probability, in nats, that is still the same model. A server in bfloat16 rounds logits of 16 and
+    more in steps of 1/8, differently from batch to batch."""
 
     @model_validator(mode="after")
     def _key_and_address(self):
@@ -66,12 +67,23 @@ class ServerTeacherConfig(Config):
             raise ValueError("api_key_file: the key comes from one place: leave out one of api_key_env and api_key_file")
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url: an address of a server begins with http:// or https://; found {self.url.split('@')[-1]!r}")
-        if "@" in self.url.split("//", 1)[1].split("/", 1)[0]:
+        if "@" in self.url.split("//", 1)[1].split("/", 1)[0] or "?" in self.url or "#" in self.url:
             raise ValueError("url: a name or a key in the address would stand in logs; use api_key_env or api_key_file")
         return self
 
 
-SingleTeacherConfig = Annotated[LocalTeacherConfig | CacheTeacherConfig | ServerTeacherConfig, Field(discriminator="kind")]
+def _kind(teacher: Any) -> str | None:
+    """The kind that a section names; None where it is no section at all."""
+    if isinstance(teacher, dict):
+        kind = teacher.get("kind", "local")
+        return kind if isinstance(kind, str) else repr(kind)
+    return getattr(teacher, "kind", None)
+
+
+_Local = Annotated[LocalTeacherConfig, Tag("local")]
+_Cache = Annotated[CacheTeacherConfig, Tag("cache")]
+_Server = Annotated[ServerTeacherConfig, Tag("server")]
+SingleTeacherConfig = Annotated[_Local | _Cache | _Server, Discriminator(_kind)]
 
 
 class EnsembleTeacherConfig(Config):
@@ -95,6 +107,4 @@ class EnsembleTeacherConfig(Config):
         return self
 
 
-TeacherConfig = Annotated[
-    LocalTeacherConfig | CacheTeacherConfig | ServerTeacherConfig | EnsembleTeacherConfig, Field(discriminator="kind")
-]
+TeacherConfig = Annotated[_Local | _Cache | _Server | Annotated[EnsembleTeacherConfig, Tag("ensemble")], Discriminator(_kind)]

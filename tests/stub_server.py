@@ -1,0 +1,220 @@
+"""A teacher's server for tests of faults: real sockets on loopback, answers of a small known model, and a script of what goes wrong.
+
+The model is a bigram: the distribution after a token is a row of a table, so that a test knows every log-probability without the server.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+Body = Any
+
+
+class Bigram:
+    """log p(next | token) [V, V] in float64."""
+
+    def __init__(self, vocabulary_size: int = 320, seed: int = 0, spread: float = 2.0):
+        logits = np.random.default_rng(seed).normal(0, spread, (vocabulary_size, vocabulary_size))
+        self.log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    def after(self, tokens: list[int]) -> np.ndarray:
+        """[T - 1, V]: row t predicted token t + 1."""
+        return self.log_probs[tokens[:-1]]
+
+
+@dataclass
+class Fault:
+    """What the server does instead of answering. `mutate` changes the answer's JSON, `mutate_bytes` its bytes."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    delay: float = 0.0
+    drop: bool = False             # closes the connection without a word
+    drip: bool = False             # sends a byte now and then, for ever
+    mutate: Callable[[Body], Body] | None = None
+    mutate_bytes: Callable[[bytes], bytes] | None = None
+
+
+Script = Callable[[int, dict[str, Any]], Fault | None]
+
+
+class StubServer:
+    """`calls` counts prompts requests (probes among them), `asked` holds their prompts and `answered` how often each was paid for."""
+
+    def __init__(
+        self, script: Script | None = None, *, model: Bigram | None = None, vocabulary_size: int = 320, max_model_len: int | None = 256,
+        texts: Callable[[int], str | None] = lambda number: None, port: int = 0,
+    ):  # fmt: skip
+        self.script = script or (lambda number, body: None)
+        self.model = model or Bigram(vocabulary_size)
+        self.max_model_len, self.texts = max_model_len, texts
+        self.calls = 0
+        self.asked: list[list[list[int]]] = []
+        self.answered: list[list[list[int]]] = []
+        self.headers: list[dict[str, str]] = []
+        self.under_way = self.most_under_way = 0
+        self.closing = threading.Event()
+        self.lock = threading.Lock()
+        self.server = _Server(("127.0.0.1", port), _handler(self))
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    @property
+    def port(self) -> int:
+        return self.server.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "StubServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the port away and drops every connection, as a killed server does."""
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.server.drop_connections()
+        self.thread.join()
+
+    # ------------------------------------------------------------ answers
+
+    def completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM says it."""
+        k, prompts = body["prompt_logprobs"], body["prompt"]
+        choices = [
+            {"index": number, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": self._entries(prompt, k),
+             "prompt_token_ids": None}
+            for number, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        tokens = sum(map(len, prompts))
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens + len(prompts), "completion_tokens": len(prompts)}}  # fmt: skip
+
+    def _entries(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
+        entries: list[dict[str, Any] | None] = [None]
+        for row, came in zip(self.model.after(prompt), prompt[1:], strict=True):
+            order = np.argsort(-row, kind="stable")
+            rank = int(np.flatnonzero(order == came)[0]) + 1
+            ranked = [(came, rank), *((int(number), place + 1) for place, number in enumerate(order[:k]))]
+            entries.append({
+                str(number): {"logprob": float(np.float32(row[number])), "rank": rank, "decoded_token": self.texts(number)}
+                for number, rank in ranked
+            })  # fmt: skip
+        return entries
+
+    def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """As SGLang says it, in lists."""
+        k, answers = body["top_logprobs_num"], []
+        for prompt in body["input_ids"]:
+            rows = self.model.after(prompt)
+            tops: list[Any] = [None]
+            for row in rows:
+                tops.append([[float(row[number]), int(number), self.texts(int(number))] for number in np.argsort(-row, kind="stable")[:k]])
+            tokens = [[None, prompt[0], None], *([float(row[came]), came, None] for row, came in zip(rows, prompt[1:], strict=True))]
+            meta = {"id": "1", "prompt_tokens": len(prompt), "input_token_logprobs": tokens, "input_top_logprobs": tops}
+            answers.append({"text": "", "meta_info": meta})
+        return answers
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any):
+        self.connections: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is what these tests are about."""
+
+    def drop_connections(self) -> None:
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            card = {"id": "tiny", "object": "model", "max_model_len": stub.max_model_len}
+            self._send(200, json.dumps({"object": "list", "data": [card]}).encode(), {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompts = body.get("prompt", body.get("input_ids"))
+            with stub.lock:
+                number, stub.calls = stub.calls, stub.calls + 1
+                stub.asked.append(prompts)
+                stub.headers.append(dict(self.headers))
+                stub.under_way += 1
+                stub.most_under_way = max(stub.most_under_way, stub.under_way)
+                fault = stub.script(number, body) or Fault()
+            try:
+                self._answer(fault, body, prompts)
+            finally:
+                with stub.lock:
+                    stub.under_way -= 1
+
+        def _answer(self, fault: Fault, body: dict[str, Any], prompts: Any) -> None:
+            if fault.delay:
+                stub.closing.wait(fault.delay)
+            if fault.drop:
+                self.close_connection = True
+                return
+            if fault.drip:
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                while not stub.closing.is_set():
+                    self.wfile.write(b" ")
+                    self.wfile.flush()
+                    time.sleep(0.05)
+                return
+            data = fault.body
+            if data is None and fault.status == 200:
+                answer = stub.completions(body) if self.path.endswith("/completions") else stub.generate(body)
+                answer = fault.mutate(answer) if fault.mutate else answer
+                data = json.dumps(answer).encode()
+                data = fault.mutate_bytes(data) if fault.mutate_bytes else data
+                if not fault.mutate and not fault.mutate_bytes:
+                    with stub.lock:
+                        stub.answered.append(prompts)
+            self._send(fault.status, data or b"", fault.headers)
+
+        def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", **headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    return Handler
