@@ -140,9 +140,26 @@ def test_every_allowed_change_is_a_key_of_the_recipe():
     from potstill.training.config import TrainingConfig
 
     sections: dict[str, type[BaseModel]] = {"training": TrainingConfig, "student": ModelConfig, "teacher": LocalTeacherConfig}
-    for key in ALLOWED_CHANGES:
+    for key in ALLOWED_CHANGES.keys() - {"capture"}:
         section, name = key.split(".")
         assert section == "run" or name in sections[section].model_fields, key
+
+
+@pytest.mark.parametrize(
+    ("teacher", "key", "value", "allowed"),
+    [
+        ({"kind": "cache", "path": "a"}, "path", "/another/mount/a", True),
+        ({"kind": "local", "path": "a"}, "path", "b", False),
+        ({"kind": "server", "url": "http://a", "model": "m", "top_k": 20}, "url", "http://b", True),
+        ({"kind": "server", "url": "http://a", "model": "m", "top_k": 20}, "top_k", 10, False),
+        ({"kind": "cache", "path": "a"}, "kind", "local", False),
+    ],
+)
+def test_what_may_change_of_a_teacher_depends_on_its_kind(teacher, key, value, allowed):
+    for wrap in (lambda it: it, lambda it: {"kind": "ensemble", "teachers": {"one": it}}):
+        before, after = {"teacher": wrap(teacher)}, {"teacher": wrap(teacher | {key: value})}
+        (change,) = recipe_changes(before, after)
+        assert (change.allowed is not None) == allowed, change
 
 
 def test_more_epochs_open_a_finished_run_again(tmp_path):

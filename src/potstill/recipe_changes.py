@@ -4,6 +4,7 @@ It compares mappings and knows no file.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,19 @@ ALLOWED_CHANGES = {
     "training.deterministic": "the same mathematics, executed differently",
     "teacher.sharded": "the same mathematics, laid out differently",
     "student.activation_checkpointing": "the same mathematics, executed differently",
+    "capture": "what potstill capture records; a run does not look at it",
 }
+_MOVED = "recorded answers may be moved; which they are is compared"
+_ASKED = "how a server is asked; who answers is compared by a probe"
+# The same for the keys of a teacher whose kind stays what it was.
+_ALLOWED_BY_KIND = {
+    "cache": {"path": _MOVED, "model": "it is only compared with what the cache states"},
+    "server": dict.fromkeys((
+        "url", "tokenizer", "api_key_env", "api_key_file", "concurrency", "sequences_per_request", "request_seconds",
+        "max_outage_seconds", "probe_seconds", "probe_tolerance",
+    ), _ASKED),
+}  # fmt: skip
+_TEACHER_KEY = re.compile(r"(teacher(?:\.teachers\.[^.]+)?)\.([^.]+)(?:\..*)?")
 # These give a finished run something to do.
 _REOPENING = ("training.epochs", "training.steps", "training.early_stopping.patience", "run.merge_adapter")
 _GLOBAL_BATCH = ("training.batch_size", "training.accumulation")
@@ -75,6 +88,10 @@ def recipe_changes(recorded: Mapping[str, Any], wanted: Mapping[str, Any], overr
             return "--override-resume"
         if key in _GLOBAL_BATCH and same_global_batch():
             return "the same rows in every optimizer step"
+        if (found := _TEACHER_KEY.fullmatch(key)) and before.get(f"{found[1]}.kind") == after.get(f"{found[1]}.kind"):
+            reason = _ALLOWED_BY_KIND.get(str(before.get(f"{found[1]}.kind")), {}).get(found[2])
+            if reason is not None:
+                return reason
         parts = key.split(".")
         return next((reason for length in range(len(parts), 0, -1) if (reason := ALLOWED_CHANGES.get(".".join(parts[:length])))), None)
 

@@ -20,9 +20,12 @@ def test_the_page_names_every_recipe_of_the_library():
 
 
 def test_every_key_is_there_once_and_explained():
-    keys = [key for key, *_ in key_rows()]
-    assert len(keys) == len(set(keys))
+    keys = [row.key for row in key_rows()]
+    assert len({(row.kind, row.key) for row in key_rows()}) == len(keys)
     assert {
+        "teacher.url",
+        "teacher.column",
+        "capture.outcomes",
         "student.lora.rank",
         "teacher.kind",
         "data.train[].weight",
@@ -31,7 +34,13 @@ def test_every_key_is_there_once_and_explained():
         "run.folder",
     } <= set(keys)
     assert not [
-        key
-        for key, kind, _, meaning in key_rows()
-        if not kind or (not meaning and key not in ("data.format", "data.on_bad_line.skip"))
+        row.key
+        for row in key_rows()
+        if not row.holds or (not row.meaning and row.key not in ("data.format", "data.on_bad_line.skip"))
     ]
+
+
+def test_keys_of_several_kinds_stand_under_their_kind():
+    kinds = {row.kind for row in key_rows() if row.key == "teacher.path"}
+    assert kinds == {"local", "cache"}
+    assert "`teacher.kind: server`" in markdown()

@@ -3,7 +3,6 @@
 Whatever can be refused without weights is refused before the run folder is made; only the first rank writes and speaks.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,17 +22,16 @@ from potstill.models.export import export_student
 from potstill.models.footprint import count_parameters
 from potstill.models.loading import load_model
 from potstill.models.merging import refuse_unmergeable
-from potstill.models.proofs import prove_head, refuse_leaking_packing
 from potstill.models.tokenizers import refuse_different
 from potstill.objectives.distribution import DistributionMatching
 from potstill.objectives.execution import Execution
 from potstill.objectives.likelihood import Likelihood
-from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short
+from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short, teacher_name
 from potstill.recipes.schema import Recipe
+from potstill.recipes.teachers import make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
 from potstill.run_folder import ENVIRONMENT, RECIPE, REJECTED, RunFolder
-from potstill.teachers.local import LocalTeacher
-from potstill.teachers.teacher import require
+from potstill.teachers.teacher import Teacher, require
 from potstill.training.distiller import Distiller
 from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
 from potstill.training.trainer import TrainingSummary, train
@@ -120,23 +118,16 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _device() -> str:
-    if not torch.accelerator.is_available():
-        return "cpu"
-    kind = torch.accelerator.current_accelerator()
-    return f"{kind.type if kind else 'cuda'}:{os.environ.get('LOCAL_RANK', '0')}"
-
-
 # ---------------------------------------------------------------- the parts
 
 
 def prepare_run(recipe: Recipe, *, quiet: bool, rejects_file: Path | None = None) -> Preparation:
     """Tokenizers compared, data rendered. Raises PotstillError for what must fail, before any weight is read."""
-    student, teacher, comparison = read_models(recipe)
-    refuse_different(comparison, recipe.student.path, recipe.teacher.path if recipe.teacher else recipe.student.path)
-    refuse_too_short(recipe, {"student": student, "teacher": teacher})
+    student, teachers, comparison = read_models(recipe)
+    refuse_different(comparison, recipe.student.path, teacher_name(recipe))
+    refuse_too_short(recipe, {"student": student, **teachers})
     data, ids = prepare_data(recipe, student, quiet=quiet, rejects_file=rejects_file)
-    return Preparation(student, teacher, comparison, data, ids)
+    return Preparation(student, teachers, comparison, data, ids)
 
 
 def make_objective(recipe: Recipe, vocabulary_size: int, *, num_steps: int = 0) -> DistributionMatching | Likelihood:
@@ -166,24 +157,18 @@ def _about_steps(recipe: Recipe, preparation: Preparation) -> int:
     return recipe.training.num_steps(ceil(rows / recipe.training.global_batch))
 
 
-def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, LocalTeacher | None]:
+def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Teacher | None]:
     """The student in its distiller, and the teacher; what is assumed of both is proven on them. Raises ModelError, IncompatibleError."""
-    size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, _device()
+    size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, own_device()
     objective = make_objective(recipe, size, num_steps=_about_steps(recipe, preparation))
     teacher = None
     if recipe.teacher is not None and recipe.objective.asks_teacher:
-        loaded = load_model(
-            recipe.teacher, precision=precision, trainable=False, device=device, seed=recipe.run.seed, sharded=recipe.teacher.sharded
-        )
-        teacher = LocalTeacher(CausalLM(loaded, size))
+        teacher = make_teacher(recipe, preparation)
         require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
     student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
     if recipe.run.merge_adapter:
         refuse_unmergeable(student.inner)
-    for model in (student, *([teacher.causal_lm] if teacher else [])):
-        prove_head(model)
-        if recipe.data.packing:
-            refuse_leaking_packing(model)
+    prove(student, packed=recipe.data.packing)
     return Distiller(student, objective), teacher
 
 

@@ -4,7 +4,9 @@ No weights are loaded. What must fail is collected and said together, each with 
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from rich.console import Console
 from rich.padding import Padding
@@ -17,9 +19,12 @@ from potstill.data.preview import preview
 from potstill.errors import UsageError
 from potstill.models.footprint import Footprint, Workload, predict_student, predict_teacher
 from potstill.objectives.catalogue import scales_by_temperature_squared
+from potstill.recipes.check_teachers import answer_words, model_words, short, teacher_rows
+from potstill.recipes.fitting import members
 from potstill.recipes.preparation import Preparation, Reader, prepare_data, read_models, refuse_too_short
 from potstill.recipes.schema import Recipe
 from potstill.recipes.words import gib, in_words, printable
+from potstill.teachers.config import LocalTeacherConfig
 from potstill.training.feeding import Rows
 
 # An example is shown to be read; a long one is cut in the middle of a piece, and says so.
@@ -43,12 +48,13 @@ class Cost:
     steps_per_epoch: int
     row_tokens: int
     student: Footprint | None
-    teacher: Footprint | None
+    teachers: Mapping[str, Footprint]
     loss_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return (self.student.total if self.student else 0) + (self.teacher.total if self.teacher else 0) + self.loss_bytes
+        teachers = sum(footprint.total for footprint in self.teachers.values())
+        return (self.student.total if self.student else 0) + teachers + self.loss_bytes
 
 
 def check(recipe: Recipe, console: Console | None = None) -> int:
@@ -73,15 +79,15 @@ def check(recipe: Recipe, console: Console | None = None) -> int:
 
 def examine(recipe: Recipe, findings: Findings) -> Preparation:
     """Tokenizers and data, with everything that a run would refuse collected instead of raised, as far as that goes."""
-    student, teacher, comparison = read_models(recipe)
+    student, teachers, comparison = read_models(recipe)
     findings.problems += comparison.refusals[:1]
-    _collect(findings, lambda: refuse_too_short(recipe, {"student": student, "teacher": teacher}))
+    _collect(findings, lambda: refuse_too_short(recipe, {"student": student, **teachers}))
     data, ids = prepare_data(recipe, student, quiet=not sys.stderr.isatty(), strict=False)
     findings.problems += data.problems
     if data.shared_rows:
         shared = in_words(data.shared_rows, "validation row")
         findings.notes.append(f"{shared} also in the training set: the validation loss flatters")
-    return Preparation(student, teacher, comparison, data, ids)
+    return Preparation(student, teachers, comparison, data, ids)
 
 
 def _collect(findings: Findings, action) -> None:
@@ -112,20 +118,21 @@ def predict(recipe: Recipe, preparation: Preparation, findings: Findings) -> Cos
     def student() -> None:
         footprints["student"] = predict_student(recipe.student, work)
 
-    def teacher() -> None:
-        if recipe.teacher is not None and preparation.teacher is not None:
-            footprints["teacher"] = predict_teacher(recipe.teacher, work)
+    def teacher(key: str, config: LocalTeacherConfig) -> None:
+        footprints[key] = predict_teacher(config, work)
 
     _collect(findings, student)
-    _collect(findings, teacher)
+    for key, member in members(recipe.teacher):
+        if isinstance(member, LocalTeacherConfig) and key in preparation.teachers:
+            _collect(findings, partial(teacher, key, member))
     loss = _loss_bytes(recipe, preparation)
-    return Cost(len(rows), steps, steps_per_epoch, row_tokens, footprints.get("student"), footprints.get("teacher"), loss)
+    return Cost(len(rows), steps, steps_per_epoch, row_tokens, footprints.pop("student", None), footprints, loss)
 
 
 def _loss_bytes(recipe: Recipe, preparation: Preparation) -> int:
     """What the fused loss holds beside the models: a slice of logits of each side, and the gradient of a head that learns."""
     width, size = preparation.student.width, 2 if recipe.training.precision == "bf16" else 4
-    sides = 1 if preparation.teacher is None else 2
+    sides = 1 + len(preparation.teachers)
     learns = recipe.student.lora is None or recipe.student.lora.on_head
     hidden = preparation.student.config.get_text_config().hidden_size
     return sides * 64 * 2**20 + (width * hidden * size if learns else 0)
@@ -144,11 +151,6 @@ def _section(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     console.print(Padding(table, (0, 0, 1, 2)))
 
 
-def _model_words(path: str, footprint: Footprint | None, *details: str | None) -> str:
-    counted = f"{in_words(footprint.parameters, 'parameter')}" if footprint else None
-    return ", ".join(part for part in (path, counted, *details) if part)
-
-
 def _show_pipeline(console: Console, recipe: Recipe, preparation: Preparation, cost: Cost) -> None:
     student, teacher, objective, size = recipe.student, recipe.teacher, recipe.objective, preparation.comparison.vocabulary_size
     lora = "its adapter learns" if student.adapter else "all weights learn"
@@ -156,17 +158,16 @@ def _show_pipeline(console: Console, recipe: Recipe, preparation: Preparation, c
         lora = f"LoRA of rank {student.lora.rank} and alpha {student.lora.alpha:g}"
     learned = f"{cost.student.trainable:,} of them learn" if cost.student and student.lora else None
     rows = [
-        ("student", _model_words(student.path, cost.student, lora, learned, student.quantization)),
+        ("student", model_words(student.path, cost.student, lora, learned, student.quantization)),
         ("who writes the text", f"the data set: {', '.join(item.path for item in recipe.data.sources)} ({recipe.data.format})"),
     ]
-    if teacher is None or preparation.teacher is None:
+    if teacher is None or not objective.asks_teacher:
         why = "nothing: there is none" if teacher is None else "nothing: kd_ratio is 0, so it is not loaded"
         rows += [("the teacher answers", why), ("loss", f"cross-entropy of the targets over {size:,} tokens, {objective.reduction}")]
     else:
-        adapter = f"with {teacher.adapter}" if teacher.adapter else None
-        rows.insert(1, ("teacher", _model_words(teacher.path, cost.teacher, adapter, teacher.quantization)))
+        rows[1:1] = teacher_rows(recipe, cost.teachers)
         rows += [
-            ("the teacher answers", "its whole next-token distribution at every target, as hidden rows and a head"),
+            ("the teacher answers", answer_words(recipe)),
             ("positions", "the same in both: one tokenizer, one rendering, the student's"),
             ("outcomes", _outcomes(recipe, size)),
             ("distance", _distance(recipe)),
@@ -189,7 +190,7 @@ def _distance(recipe: Recipe) -> str:
     objective = recipe.objective
     parameters = ", ".join(f"{name} {value}" for name, value in objective.parameters.items())
     squared = scales_by_temperature_squared(
-        objective.scale_by_temperature_squared, objective.divergence, objective.kd_ratio, objective.temperature
+        objective.scale_by_temperature_squared, objective.divergence, 1 - objective.kd_ratio, objective.temperature
     )
     said = f"{objective.kd_ratio:g} x {objective.divergence}" + (f" ({parameters})" if parameters else "")
     said += f" + {1 - objective.kd_ratio:g} x cross-entropy; temperature {objective.temperature:g}"
@@ -232,11 +233,11 @@ def _set_words(examples: ExampleSet) -> str:
 
 
 def _show_readers(console: Console, preparation: Preparation) -> None:
-    student, teacher, comparison = preparation.student, preparation.teacher, preparation.comparison
-    rows = [("student", _reader_words(student))]
-    if teacher is not None:
-        shared = f"{comparison.vocabulary_size:,} tokens mean the same to both" if comparison.same else "they do not read the same tokens"
-        rows += [("teacher", _reader_words(teacher)), ("shared", shared)]
+    student, teachers, comparison = preparation.student, preparation.teachers, preparation.comparison
+    rows = [("student", _reader_words(student)), *((short(key), _reader_words(teacher)) for key, teacher in teachers.items())]
+    if teachers:
+        same = f"{comparison.vocabulary_size:,} tokens mean the same to {'both' if len(teachers) == 1 else 'all'}"
+        rows.append(("shared", same if comparison.same else "they do not read the same tokens"))
     _section(console, "Tokenizers and templates", rows + [("", difference) for difference in comparison.notes])
 
 
@@ -262,8 +263,8 @@ def _show_cost(console: Console, recipe: Recipe, preparation: Preparation, cost:
         parts = cost.student
         rows.append(("student memory", f"{gib(parts.total)}: weights {gib(parts.weights)}, gradients {gib(parts.gradients)}, "
                      f"optimizer {gib(parts.optimizer)}, activations {gib(parts.activations)}"))  # fmt: skip
-    if cost.teacher is not None:
-        weights, activations = gib(cost.teacher.weights), gib(cost.teacher.activations)
-        rows.append(("teacher memory", f"{gib(cost.teacher.total)}: weights {weights}, activations {activations}"))
+    for key, parts in cost.teachers.items():
+        said = f"{gib(parts.total)}: weights {gib(parts.weights)}, activations {gib(parts.activations)}"
+        rows.append((f"{short(key)} memory", said))
     rows += [("loss memory", gib(cost.loss_bytes)), ("together", f"about {gib(cost.total_bytes)} on each device")]
     _section(console, "Cost", rows)

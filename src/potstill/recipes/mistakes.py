@@ -6,9 +6,9 @@ It knows pydantic's errors and the fields of a configuration; it knows no file a
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,6 +21,7 @@ _WORDS = {
     "bool_type": "must be true or false", "string_type": "must be text", "list_type": "must be a list",
     "dict_type": "must be a mapping (key: value)", "model_type": "must be a mapping (key: value)",
     "model_attributes_type": "must be a mapping (key: value)", "none_required": "must be null",
+    "union_tag_not_found": "must be a mapping (key: value)",
     "finite_number": "must be a finite number", "string_too_short": "must not be empty", "too_short": "must not be empty",
 }  # fmt: skip
 M = TypeVar("M", bound=BaseModel)
@@ -85,25 +86,63 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
-def _unknown_keys(root: type[BaseModel], model: type[BaseModel], values: Any, path: Path) -> list[_Mistake]:
+def _by_name(annotation: Any) -> Any:
+    """What the values are of a mapping from free names to configurations; None where the annotation is none."""
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1]
+    return next((found for part in get_args(annotation) if (found := _by_name(part)) is not None), None)
+
+
+def _kinds(models: list[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    return {kind: model for model in models if "kind" in model.model_fields for kind in get_args(model.model_fields["kind"].annotation)}
+
+
+def _meant(models: list[type[BaseModel]], values: dict[str, Any]) -> type[BaseModel] | None:
+    """The configuration, of several, that a mapping is meant to be: by its `kind`, and without one the kind that needs no saying."""
+    kinds = _kinds(models)
+    if "kind" in values:
+        return kinds.get(values["kind"]) if isinstance(values["kind"], str) and kinds else models[0] if not kinds else None
+    misspelt = [values[key] for key in difflib.get_close_matches("kind", values, cutoff=0.7)]
+    said = next((kinds[kind] for kind in misspelt if isinstance(kind, str) and kind in kinds), None)
+    return said or next((model for model in kinds.values() if not model.model_fields["kind"].is_required()), models[0])
+
+
+def _inside(annotation: Any, value: Any, path: Path) -> Iterator[tuple[Path, type[BaseModel], list[type[BaseModel]], Any]]:
+    """The configurations that a value holds, each with its place, what it is meant to be and what else could have stood there."""
+    models, named = _models(annotation), _by_name(annotation)
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _inside(annotation, item, (*path, number))
+    elif isinstance(value, dict) and models and named is not None:
+        for name, item in value.items():
+            yield from _inside(named, item, (*path, name))
+    elif isinstance(value, dict) and models and (model := _meant(models, value)) is not None:
+        yield path, model, models, value
+
+
+def _unknown_keys(
+    root: type[BaseModel], model: type[BaseModel], values: Any, path: Path, models: Iterable[type[BaseModel]] = ()
+) -> list[_Mistake]:
     found = []
     for key, value in values.items() if isinstance(values, dict) else []:
         if key not in model.model_fields:
-            found.append(_Mistake((*path, key), _unknown(root, key, list(model.model_fields))))
+            found.append(_Mistake((*path, key), _unknown(root, key, list(model.model_fields), models)))
             continue
-        inner = _models(model.model_fields[key].annotation)
-        if inner:
-            items = [((*path, key, i), item) for i, item in enumerate(value)] if isinstance(value, list) else [((*path, key), value)]
-            found += [mistake for where, item in items for mistake in _unknown_keys(root, inner[0], item, where)]
+        for where, inner, others, item in _inside(model.model_fields[key].annotation, value, (*path, key)):
+            found += _unknown_keys(root, inner, item, where, others)
     return found
 
 
-def _unknown(root: type[BaseModel], key: str, siblings: list[str]) -> str:
+def _unknown(root: type[BaseModel], key: str, siblings: list[str], others: Iterable[type[BaseModel]]) -> str:
     near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    homes = [name for name, field in root.model_fields.items() for model in _models(field.annotation) if key in model.model_fields]
-    if homes and not near:
-        hint = f"; it belongs to {' or '.join(homes)}"
+    homes = [name for name, field in root.model_fields.items() if any(key in model.model_fields for model in _models(field.annotation))]
+    kinds = [kind for kind, model in _kinds(list(others)).items() if key in model.model_fields]
+    if kinds:
+        hint = f"; it belongs to kind: {' or '.join(kinds)}"
+    elif near:
+        hint = f"; did you mean {near[0]}?"
+    else:
+        hint = f"; it belongs to {' or '.join(homes)}" if homes else ""
     return f"unknown key{hint}{'' if hint.endswith('?') else ';'} allowed here: {', '.join(siblings)}"
 
 
@@ -129,6 +168,8 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Any, known:
         path = _real_path(item["loc"], values)
         if item["type"] == "missing":
             path = (*path, str(item["loc"][-1]))
+        if item["type"] == "union_tag_invalid":
+            path = (*path, "kind")
         if len(item["loc"]) > len(path):
             of_a_member.add(path)
         path, message = _message(dict(item), path, model, values)
@@ -146,6 +187,9 @@ def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: A
         return path, "missing; it has no default"
     if kind == "value_error":
         return _located(str(context["error"]), path, model, values)
+    if kind == "union_tag_invalid":
+        names = context["expected_tags"].replace("'", "").split(", ")
+        return path, f"must be one of {', '.join(names[:-1])} or {names[-1]}"
     if kind == "literal_error":
         expected = context["expected"].replace("'", "")
         return path, f"must be one of {expected}" if " or " in expected else f"must be {expected}"

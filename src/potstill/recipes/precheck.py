@@ -3,6 +3,7 @@
 It looks only at what is on this machine; names on the hub are left to those who load them.
 """
 
+import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,19 +11,58 @@ from pathlib import Path
 from potstill.data.config import DataConfig, MixtureItem
 from potstill.errors import ConfigError, ModelError
 from potstill.models.config import LoadingConfig
+from potstill.recipes.fitting import Single, members
 from potstill.recipes.schema import Recipe
+from potstill.teachers.config import CacheTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
 
 # Files larger than this are read once, when they are prepared: a second reading would cost more than an early answer is worth.
 _READ_TWICE_BYTES = 4 * 2**20
+# What makes a folder a cache.
+_CACHE = "cache.json"
 
 
 def precheck(recipe: Recipe) -> None:
     """Raises ModelError or DataError, naming the key and the remedy, for the first thing that is not there."""
     check_model("student", recipe.student)
-    if recipe.teacher is not None and recipe.objective.asks_teacher:
-        check_model("teacher", recipe.teacher)
+    if recipe.objective.asks_teacher:
+        for key, member in members(recipe.teacher):
+            check_teacher(key, member)
     check_trackers(recipe)
     check_data(recipe.data)
+
+
+def check_teacher(key: str, teacher: Single) -> None:
+    """Raises ModelError or ConfigError where a teacher, as far as it lies on this machine, is not there. A server is not asked."""
+    if isinstance(teacher, LocalTeacherConfig):
+        check_model(key, teacher)
+    elif isinstance(teacher, CacheTeacherConfig):
+        _check_cache(key, teacher.path)
+        if teacher.model is not None:
+            check_model(f"{key}.model", teacher.model)
+    else:
+        _check_server(key, teacher)
+
+
+def _check_cache(key: str, path: str) -> None:
+    folder = Path(path.removeprefix("file://")).expanduser()
+    if "://" in str(path).removeprefix("file://") or (folder / _CACHE).is_file():
+        return
+    what = "no cache there" if folder.is_dir() else "a file, where a cache is a folder" if folder.exists() else "no such folder"
+    raise ModelError(
+        f"{key}.path: {path}: {what} ({_CACHE} is missing); potstill capture RECIPE makes a cache where capture.path says, from a recipe "
+        "that names the teacher itself"
+    )
+
+
+def _check_server(key: str, teacher: ServerTeacherConfig) -> None:
+    if teacher.api_key_env is not None and not os.environ.get(teacher.api_key_env):
+        raise ConfigError(
+            f"{key}.api_key_env: the variable {teacher.api_key_env} is not set; set it to the server's key, or leave this out"
+        )
+    if teacher.api_key_file is not None and not Path(teacher.api_key_file).expanduser().is_file():
+        raise ConfigError(f"{key}.api_key_file: {teacher.api_key_file}: no such file; it holds the server's key, alone on one line")
+    if teacher.tokenizer is not None and is_local(teacher.tokenizer) and not Path(teacher.tokenizer).expanduser().is_dir():
+        raise ModelError(f"{key}.tokenizer: {teacher.tokenizer}: no such folder; name the folder or the hub's name of the served model")
 
 
 def check_trackers(recipe: Recipe) -> None:

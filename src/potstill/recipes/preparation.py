@@ -3,6 +3,7 @@
 Both the run and the look before it start here, so that what `check` shows is what a run does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig
 from potstill.models.loading import load_tokenizer, local_folder, longest_context, read_model_config
 from potstill.models.tokenizers import TokenizerComparison, compare_tokenizers
+from potstill.recipes.fitting import members
 from potstill.recipes.schema import Recipe
+from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What both models read, and how they compare. Without a teacher the student is compared with itself."""
+    """What all models read, and how they compare. Without a teacher that has a tokenizer the student is compared with itself.
+
+    `teachers` holds those that will be loaded, by the key that they stand under in the recipe.
+    """
 
     student: Reader
-    teacher: Reader | None
+    teachers: Mapping[str, Reader]
     comparison: TokenizerComparison
     data: PreparedData
     end_of_text: tuple[int, ...]
@@ -66,19 +72,46 @@ def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(stated) if isinstance(stated, list) else () if stated is None else (int(stated),)
 
 
-def read_models(recipe: Recipe) -> tuple[Reader, Reader | None, TokenizerComparison]:
-    """Configurations, tokenizers and their comparison."""
+def teacher_name(recipe: Recipe) -> str:
+    """What messages call the teacher."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return recipe.student.path
+    if isinstance(teacher, EnsembleTeacherConfig):
+        return f"ensemble of {', '.join(teacher.teachers)}"
+    return teacher.model if isinstance(teacher, ServerTeacherConfig) else teacher.path
+
+
+def read_models(recipe: Recipe) -> tuple[Reader, dict[str, Reader], TokenizerComparison]:
+    """Configurations and tokenizers of the student and of the teachers that will be loaded, and how all of them compare."""
     student = read_model(recipe.student)
-    teacher = read_model(recipe.teacher) if recipe.teacher is not None and recipe.objective.asks_teacher else None
-    other = teacher or student
-    comparison = compare_tokenizers(student.tokenizer, other.tokenizer, student_width=student.width, teacher_width=other.width)
-    return student, teacher, comparison
+    teachers: dict[str, Reader] = {}
+    found: list[tuple[str, TokenizerComparison]] = []
+    for key, member in members(recipe.teacher) if recipe.objective.asks_teacher else ():
+        if isinstance(member, LocalTeacherConfig):
+            other = teachers[key] = read_model(member)
+            found.append((key, _compared(student, other.tokenizer, other.width)))
+        elif isinstance(member, ServerTeacherConfig) and member.tokenizer is not None:
+            found.append((key, _compared(student, load_tokenizer(LoadingConfig(path=member.tokenizer)), None)))
+    if not found:
+        return student, teachers, _compared(student, student.tokenizer, student.width)
+    if len(found) == 1 and found[0][0] == "teacher":
+        return student, teachers, found[0][1]
+    size = min(comparison.vocabulary_size for _, comparison in found)
+    refusals, notes = (
+        tuple(f"{key}: {said}" for key, comparison in found for said in getattr(comparison, kind)) for kind in ("refusals", "notes")
+    )
+    return student, teachers, TokenizerComparison(size, refusals, notes)
 
 
-def refuse_too_short(recipe: Recipe, readers: dict[str, Reader | None]) -> None:
+def _compared(student: Reader, tokenizer: PreTrainedTokenizerBase, width: int | None) -> TokenizerComparison:
+    return compare_tokenizers(student.tokenizer, tokenizer, student_width=student.width, teacher_width=width)
+
+
+def refuse_too_short(recipe: Recipe, readers: Mapping[str, Reader]) -> None:
     """Raises ModelError where a model's positions end before data.max_tokens."""
     for side, reader in readers.items():
-        if reader is not None and reader.longest is not None and reader.longest < recipe.data.max_tokens:
+        if reader.longest is not None and reader.longest < recipe.data.max_tokens:
             raise ModelError(
                 f"data.max_tokens: {recipe.data.max_tokens} is more than the {side}'s {reader.longest} positions; set "
                 f"data.max_tokens={reader.longest} and say with data.too_long what becomes of longer rows"

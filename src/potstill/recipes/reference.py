@@ -2,13 +2,14 @@
 
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from potstill.models.config import LoadingConfig
 from potstill.objectives import catalogue
 from potstill.recipes.schema import PARAMETER_KEYS, ObjectiveConfig, Recipe
 
@@ -16,35 +17,71 @@ _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or fals
 _NAMES = {"divergence": catalogue.PARAMETERS, "support": catalogue.SUPPORTS, "token_weight": catalogue.TOKEN_WEIGHTS}
 
 
-def key_rows() -> Iterator[tuple[str, str, str, str]]:
-    """(key, what it holds, what it is where the recipe is silent, what it means), in the order of the schema."""
+class Row(NamedTuple):
+    """One key: what it holds, what it is where the recipe is silent, what it means. `kind` is the `kind:` beside which it stands."""
+
+    key: str
+    holds: str
+    default: str
+    meaning: str
+    kind: str = ""
+
+
+def key_rows() -> Iterator[Row]:
+    """Every key in the order of the schema. A section of several kinds has the keys of each after one another."""
     yield from _rows(Recipe, "")
 
 
 def markdown() -> str:
     """The table as Markdown, a section a heading."""
     lines: list[str] = []
-    for key, kind, default, meaning in key_rows():
-        section = key.split(".")[0]
-        if key == section:
-            lines += ["", f"### `{section}`", "", meaning, "", "| key | holds | default | meaning |", "|---|---|---|---|"]
-        else:
-            lines.append("| " + " | ".join(part.replace("|", "\\|") for part in (f"`{key}`", kind, default, meaning)) + " |")
+    kind = ""
+    for row in key_rows():
+        section = row.key.split(".")[0]
+        if row.key == section:
+            lines += ["", f"### `{section}`", "", row.meaning, *([] if _kinds_at(section) else _HEAD)]
+            kind = ""
+            continue
+        if row.kind and row.kind != kind:
+            lines += ["", f"`{section}.kind: {row.kind}`", *_HEAD]
+            kind = row.kind
+        lines.append("| " + " | ".join(part.replace("|", "\\|") for part in (f"`{row.key}`", row.holds, row.default, row.meaning)) + " |")
     return "\n".join(lines).strip() + "\n"
 
 
-def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+_HEAD = ("", "| key | holds | default | meaning |", "|---|---|---|---|")
+
+
+def _kinds_at(section: str) -> list[str]:
+    return [kind for model in _models(Recipe.model_fields[section].annotation) if (kind := _kind_of(model))]
+
+
+def _kind_of(model: type[BaseModel]) -> str:
+    """The `kind:` of a configuration that is one of several."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field is not None else ""
+
+
+def _rows(model: type[BaseModel], prefix: str, kind: str = "") -> Iterator[Row]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        yield key, _kind(model, name, field), _default(model, name, field), " ".join((field.description or "").split())
+        yield Row(key, _kind(model, name, field), _default(model, name, field), " ".join((field.description or "").split()), kind)
+        if _is_by_name(field.annotation):
+            continue  # each as a teacher of its kind, whose keys stand above
         for inner in _models(field.annotation):
-            yield from _rows(inner, f"{key}[]." if _is_list(field.annotation) else f"{key}.")
+            if inner is LoadingConfig:
+                continue  # as a local teacher
+            yield from _rows(inner, f"{key}[]." if _is_list(field.annotation) else f"{key}.", kind or _kind_of(inner))
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _is_by_name(annotation: Any) -> bool:
+    return get_origin(annotation) is dict and bool(_models(annotation))
 
 
 def _is_list(annotation: Any) -> bool:
@@ -72,7 +109,7 @@ def _words(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(argument) for argument in arguments)
+        return " or ".join(dict.fromkeys(_words(argument) for argument in arguments))
     if origin is list:
         return f"list of {_words(arguments[0])}"
     return "mapping"

@@ -1,14 +1,16 @@
-"""What a recipe may say: six sections, each the configuration of its room, and the rules between them. Imports no torch."""
+"""What a recipe may say: seven sections, each the configuration of its room, and the rules between them. Imports no torch."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from potstill.capture.config import CaptureConfig
 from potstill.config import Config
 from potstill.data.config import DataConfig
 from potstill.models.config import ModelConfig
 from potstill.objectives import catalogue
-from potstill.teachers.config import LocalTeacherConfig
+from potstill.recipes.fitting import refuse_unfit
+from potstill.teachers.config import TeacherConfig
 from potstill.training.config import TrainingConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -116,8 +118,8 @@ class Recipe(Config):
 
     student: ModelConfig
     """The model that learns."""
-    teacher: LocalTeacherConfig | None = None
-    """The model that is learned from; without one the student learns from the text alone."""
+    teacher: TeacherConfig | None = None
+    """What is learned from: a model in this process, recorded answers, a model behind HTTP, or several; without one the text alone."""
     data: DataConfig
     """The text that both read."""
     objective: ObjectiveConfig = Field(default_factory=_default_objective)
@@ -126,6 +128,8 @@ class Recipe(Config):
     """How it is minimised."""
     run: RunConfig
     """Where it is written."""
+    capture: CaptureConfig | None = None
+    """What `potstill capture` records of the teacher, and where; a run itself does not look at it."""
 
     @model_validator(mode="after")
     def _sections_fit(self):
@@ -143,8 +147,7 @@ class Recipe(Config):
             raise ValueError("training.early_stopping: needs a validation set; set data.validation to a fraction or a file")
         if training.eval_steps is not None and self.data.validation is None:
             raise ValueError("training.eval_steps: there is nothing to evaluate on; set data.validation to a fraction or a file")
-        if self.teacher is not None and self.teacher.sharded and self.teacher.quantization:
-            raise ValueError("teacher.sharded: a quantised teacher cannot be sharded; leave out one of sharded and quantization")
+        refuse_unfit(self)
         return self
 
     def resolved(self) -> dict[str, Any]:

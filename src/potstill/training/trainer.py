@@ -5,11 +5,13 @@ It assembles the order of rows, the arguments, the checkpoint to resume from and
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from potstill.batch import Example
 from potstill.errors import ConfigError, DataError
+from potstill.interruption import SignalWatch
 from potstill.run_folder import RunFolder
 from potstill.teachers.teacher import Teacher
 from potstill.training.arguments import training_arguments
@@ -17,7 +19,6 @@ from potstill.training.callbacks import BestEvaluation, MetricsToFolder
 from potstill.training.config import TrainingConfig
 from potstill.training.distiller import Distiller
 from potstill.training.feeding import Rows
-from potstill.training.interruption import SignalWatch
 from potstill.training.measuring import peak_gib
 from potstill.training.order import Division, GlobalOrder
 from potstill.training.processes import Ranks, launched_ranks
@@ -54,12 +55,13 @@ class TrainingSummary:
 def train(
     distiller: Distiller, teacher: Teacher | None, train_set: Sequence[Example], validation_set: Sequence[Example] | None,
     config: TrainingConfig, folder: RunFolder, *, seed: int, pad_token: int, packed_tokens: int | None = None,
-    trackers: Sequence[str] = (), quiet: bool = False,
+    trackers: Sequence[str] = (), quiet: bool = False, fingerprints: Mapping[str, Any] | None = None,
 ) -> TrainingSummary:  # fmt: skip
     """Trains `distiller` in place and resumes by itself from what `folder` holds. Every rank calls it.
 
-    `packed_tokens` is the length of packed rows, None trains on one example a row. `quiet` shows no progress bar. With early stopping
-    the weights at the end are those of the best evaluation. Raises InterruptedRun after SIGTERM or SIGINT and NonFiniteError for a
+    `packed_tokens` is the length of packed rows, None trains on one example a row. `quiet` shows no progress bar. `fingerprints` are
+    further things that must be what they were when the run is resumed, by name. With early stopping the weights at the end are those
+    of the best evaluation. Raises InterruptedRun after SIGTERM or SIGINT and NonFiniteError for a
     step that must not be taken (everything before it is committed), ConfigError, DataError and IncompatibleError before the first step.
     """
     if not len(train_set):
@@ -78,8 +80,8 @@ def train(
             trackers=trackers, quiet=quiet,
         )  # fmt: skip
         ranks = Ranks()
-        fingerprints = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
-        saver = Saver(folder, ranks, fingerprints, keep=config.keep_checkpoints)
+        own = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
+        saver = Saver(folder, ranks, {**own, **(fingerprints or {})}, keep=config.keep_checkpoints)
         notes = saver.look_for_checkpoint()
         if config.early_stopping:
             notes += saver.forget_lost_best()
