@@ -179,7 +179,7 @@ def test_a_signal_in_the_last_evaluation_leaves_no_step_to_take(num_examples, tm
 
 STUBBORN = """
 import os, signal, sys
-from potstill.training.interruption import SignalWatch
+from potstill.interruption import SignalWatch
 with SignalWatch() as watch:
     os.kill(os.getpid(), signal.SIGTERM)
     print(watch.received, flush=True)

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from potstill.batch import Batch
 from potstill.errors import InterruptedRun, NonFiniteError, PotstillError
+from potstill.interruption import SignalWatch
 from potstill.run_folder import NON_FINITE
 from potstill.signals import TeacherSignal
 from potstill.teachers.teacher import Teacher
@@ -27,7 +28,6 @@ from potstill.training.callbacks import Bar, StepGuard
 from potstill.training.config import TrainingConfig
 from potstill.training.distiller import Distiller
 from potstill.training.feeding import Rows
-from potstill.training.interruption import SignalWatch
 from potstill.training.measuring import Measures, peak_gib
 from potstill.training.order import GlobalOrder, MicroBatch, Window, mix
 from potstill.training.processes import Ranks

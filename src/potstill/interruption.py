@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT: the first asks the run to commit and leave, the second leaves at once.
 
-A signal only sets a number here; the trainer looks at it between micro-batches, in evaluation and before the first step.
+A signal only sets a number here; whoever works looks at it between two pieces of work.
 """
 
 import os
@@ -13,10 +13,14 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class SignalWatch:
-    """A context in which `received` is the number of the first signal, or 0. Outside the main thread it watches nothing."""
+    """A context in which `received` is the number of the first signal, or 0. Outside the main thread it watches nothing.
 
-    def __init__(self):
+    `doing` is what the first signal starts, for the message.
+    """
+
+    def __init__(self, doing: str = "committing a checkpoint"):
         self.received = 0
+        self._doing = doing
         self._former: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -24,7 +28,7 @@ class SignalWatch:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: committing a checkpoint, then leaving; again to leave at once\n")
+        sys.stderr.write(f"\n{name}: {self._doing}, then leaving; again to leave at once\n")
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is threading.main_thread():
