@@ -110,11 +110,12 @@ def test_quantisation_is_what_the_recipe_or_the_model_states(folder):
     before = identity(folder)
     found = {quantization: identity(folder, quantization=quantization) for quantization in ("4bit", "8bit")}
     assert all(differing(one, before) == {"quantisation"} for one in found.values())
-    assert found["4bit"]["quantisation"] == "4bit, while loading" != found["8bit"]["quantisation"]
+    assert found["4bit"]["quantisation"].startswith("bitsandbytes, 4 bits, nf4")
+    assert found["8bit"]["quantisation"].startswith("bitsandbytes, 8 bits")
     edit_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors", "bits": 4, "version": "0.1"})
     stated = identity(folder)
     assert differing(stated, before) == {"quantisation"}
-    assert stated["quantisation"].startswith("compressed-tensors ")
+    assert stated["quantisation"].startswith("compressed-tensors, ")
     edit_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors", "bits": 4, "version": "0.2"})
     assert identity(folder) == stated
     edit_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors", "bits": 8, "version": "0.2"})

@@ -15,10 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from potstill.models.adapters import is_linear, linear_width, targeted
 from potstill.models.config import LoadingConfig, ModelConfig
 from potstill.models.loading import Precision, choose_dtype, local_folder, read_model_config
-from potstill.models.requirements import quantisation_of
+from potstill.models.quantisation import bytes_of_packed, left_alone, quantisation_settings
 
-# NF4 with double quantisation: 4 bits, and a block of 64 weights shares 8 bits, of which a block of 256 shares 32.
-_QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 _ADAM_BYTES = 8  # two moments in float32
 
 
@@ -105,16 +103,22 @@ def _divided(footprint: Footprint, shards: int) -> Footprint:
 def _weights(config: LoadingConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
     """Parameters and their bytes as they will lie in memory."""
     parameters, _ = count_parameters(model)
-    folder = local_folder(config)
-    # compressed-tensors unpacks in the first forward; what others saved stays packed.
-    if quantisation_of(model.config) not in (None, "compressed-tensors") and folder is not None:
-        return parameters, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     size = torch.empty((), dtype=dtype).element_size()
-    if config.quantization is None:
+    settings = quantisation_settings(config, model.config)
+    if settings is None:
         return parameters, parameters * size
-    head = model.get_output_embeddings()
-    packed = sum(math.prod(linear_width(layer)) for layer in model.modules() if is_linear(layer) and layer is not head)
-    return parameters, int(packed * _QUANTISED_BYTES[config.quantization]) + (parameters - packed) * size
+    packed_bytes, folder = bytes_of_packed(settings, size), local_folder(config)
+    if packed_bytes is None:
+        # A method that is not known here: as large as its files, where they are at hand.
+        files = [] if folder is None else [file.stat().st_size for file in folder.glob("*.safetensors")]
+        return parameters, sum(files) or parameters * size
+    head, whole = model.get_output_embeddings(), left_alone(settings)
+    packed = [
+        linear_width(layer) for name, layer in model.named_modules()
+        if is_linear(layer) and layer is not head and not any(f".{part}." in f".{name}." for part in whole)
+    ]  # fmt: skip
+    count = sum(math.prod(widths) for widths in packed)
+    return parameters, sum(packed_bytes(*widths) for widths in packed) + (parameters - count) * size
 
 
 def _lora_parameters(model: PreTrainedModel, targets: list[str] | str, rank: int, saved: list[str]) -> int:

@@ -13,13 +13,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import ModelError
 from potstill.hub import require_on_hub
 from potstill.models.config import LoadingConfig
 from potstill.models.loading import read_model_config, with_base
-from potstill.models.requirements import quantisation_of
+from potstill.models.quantisation import describe_quantisation
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_WEIGHTS, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -53,7 +53,7 @@ def weights_digest(config: LoadingConfig, *, seed: int = 0) -> dict[str, str]:
         "teacher weights": f"random, seed {seed}" if drawn else _tensors_digest(_tensors(config.path, _weight_files(config))),
         "teacher configuration": _digest(_meaning(saved.to_diff_dict(), _NOT_OF_THE_FORWARD)),
         "adapter weights": "none" if config.adapter is None else _adapter_digest(config.adapter),
-        "quantisation": _quantisation(config, saved),
+        "quantisation": describe_quantisation(config, saved),
     }
 
 
@@ -88,16 +88,6 @@ def _meaning(value: Any, left_out: frozenset[str]) -> Any:
         items = [_meaning(item, left_out) for item in value]
         return sorted(items, key=str) if isinstance(value, set | frozenset) else items
     return value
-
-
-def _quantisation(config: LoadingConfig, saved: PreTrainedConfig) -> str:
-    if config.quantization is not None:
-        return f"{config.quantization}, while loading"
-    method = quantisation_of(saved)
-    if method is None:
-        return "none"
-    stated = saved.to_dict()["quantization_config"]
-    return f"{method} {_digest(_meaning(stated, frozenset({'version', 'quant_method'})))}"
 
 
 # ---------------------------------------------------------------- files

@@ -29,6 +29,7 @@ from transformers import (  # noqa: E402
 
 from potstill.hub import require_on_hub  # noqa: E402
 from potstill.models.adapters import adapter_base, add_lora, load_adapter  # noqa: E402
+from potstill.models.quantisation import describe_quantisation  # noqa: E402
 from potstill.models.quantising import choose_quantisation, keep_differentiable, wake  # noqa: E402
 
 Precision = Literal["bf16", "float32"]
@@ -188,6 +189,15 @@ def choose_dtype(config: LoadingConfig, precision: Precision, trainable: bool) -
     return torch.float32 if precision == "float32" or whole else torch.bfloat16
 
 
+def stated_quantisation(config: LoadingConfig, precision: Precision = "float32") -> str:
+    """How the weights of this teacher are quantised, by method, bits, groups and compute dtype; "none" where they are not.
+
+    From its configuration alone: equal for a recipe and for the model that it loads.
+    """
+    config = with_base(config)
+    return describe_quantisation(config, read_model_config(config), choose_dtype(config, precision, trainable=False))
+
+
 def load_model(
     config: LoadingConfig, *, precision: Precision = "float32", trainable: bool = False, device: str | torch.device = "cpu",
     seed: int = 0, sharded: bool = False,
@@ -214,6 +224,9 @@ def load_model(
                 arguments["quantization_config"] = quantization
             quantised = quantization is not None or quantisation_of(saved) is not None
             model = _pretrained(config, arguments, torch.device(device), sharded, quantised)
+            if quantised:
+                keep_differentiable(model, dtype, trainable)
+                wake(model)
         model.requires_grad_(False)
         return _made_trainable(config, model, trainable).eval()
 
@@ -248,9 +261,6 @@ def _pretrained(config: LoadingConfig, arguments: dict, device: torch.device, sh
             f"{config.path}: its files lack {len(missing)} of the model's weights, the first is {missing[0]}; "
             f"is it really a checkpoint of {type(model).__name__}?"
         )
-    if quantised:
-        keep_differentiable(model)
-        wake(model)
     return model if sharded or quantised else _moved(model, device)
 
 

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig, ModelConfig
+from potstill.models.quantisation import while_loading
 from potstill.models.requirements import is_installed, quantisation_of, require_quantiser
 
 
@@ -31,21 +32,20 @@ def choose_quantisation(config: LoadingConfig, saved: PreTrainedConfig, dtype: t
     if config.quantization == "8bit":
         # It says on every product of every layer that it computes in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    return BitsAndBytesConfig(**while_loading(config.quantization, dtype))
 
 
-def keep_differentiable(model: PreTrainedModel) -> None:
-    """Stops bitsandbytes from packing 4-bit weights anew for bfloat16 CPUs in their first evaluation.
+def keep_differentiable(model: PreTrainedModel, dtype: torch.dtype, trainable: bool) -> None:
+    """Stops bitsandbytes and gptqmodel from packing 4-bit weights anew for the CPU in their first evaluation.
 
-    The packed layout computes in bfloat16 whatever was asked for, and has no backward pass: after one evaluation the adapters
-    below such a layer would silently stop learning.
+    The packed layouts compute in bfloat16 whatever was asked for, and have no backward pass: after one evaluation the adapters
+    below such a layer would silently stop learning. A teacher in bfloat16 keeps gptqmodel's, which is faster.
     """
     for layer in model.modules():
         if type(layer).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        elif hasattr(layer, "linear_mode") and (trainable or dtype != torch.bfloat16):
+            layer.linear_mode = "train"  # type: ignore[assignment]
 
 
 def wake(model: PreTrainedModel) -> None:

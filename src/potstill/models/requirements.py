@@ -11,17 +11,17 @@ from potstill.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What transformers needs for a checkpoint that is saved in quantised form: quant_method -> (module, what to install).
+# What transformers needs for a checkpoint that is saved in quantised form: quant_method -> (modules, what to install).
 QUANTISED_NEEDS = {
-    "awq": ("gptqmodel", "gptqmodel==7.6.0"),
-    "gptq": ("gptqmodel", "gptqmodel==7.6.0"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "bitsandbytes": ("bitsandbytes", "potstill[quant]"),
-    "torchao": ("torchao", "torchao"),
-    "hqq": ("hqq", "hqq"),
-    "aqlm": ("aqlm", "aqlm"),
-    "eetq": ("eetq", "eetq"),
-    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "awq": (("gptqmodel",), "gptqmodel==7.6.0"),
+    "gptq": (("gptqmodel", "optimum"), "gptqmodel==7.6.0 optimum"),
+    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "bitsandbytes": (("bitsandbytes",), "'potstill[quant]'"),
+    "torchao": (("torchao",), "torchao"),
+    "hqq": (("hqq",), "hqq"),
+    "aqlm": (("aqlm",), "aqlm"),
+    "eetq": (("eetq",), "eetq"),
+    "quanto": (("optimum.quanto",), "optimum-quanto"),
 }
 
 
@@ -75,6 +75,9 @@ def quantisation_of(config: "PreTrainedConfig") -> str | None:
 
 def require_quantiser(method: str, path: str) -> None:
     """Raises ModelError naming the package where a checkpoint's quantisation needs one that is not installed."""
-    module, install = QUANTISED_NEEDS.get(method, (None, None))
-    if module is not None and not is_installed(module):
-        raise ModelError(f"{path}: its weights are quantised by {method}, which needs the package {module}: pip install {install}")
+    modules, install = QUANTISED_NEEDS.get(method, ((), ""))
+    missing = [module for module in modules if not is_installed(module)]
+    if missing:
+        raise ModelError(
+            f"{path}: its weights are quantised by {method}, which needs the package {' and '.join(missing)}: pip install {install}"
+        )
