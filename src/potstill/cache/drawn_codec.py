@@ -1,0 +1,81 @@
+"""Draws: distinct ids and how often each came. The (id, row) pairs are sorted and stored as gaps, as in topk_codec.py.
+
+Counts are bytes; weights are stored only where they are not 1 / n.
+Which sequences the rows belong to is not known here.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from potstill.cache.gaps import read_gaps, write_gaps
+from potstill.cache.records import DrawnTokens, RecordFormat
+from potstill.cache.streams import Reader, Writer, damaged
+from potstill.errors import ConfigError
+
+MOST_DRAWS = 127
+
+
+class DrawnCodec:
+    """Exact. Rows come back with their ids ascending, padded with id 0 and count 0 to the longest row."""
+
+    def __init__(self, format: RecordFormat):
+        if not 1 <= format.num_samples <= MOST_DRAWS:
+            raise ConfigError(f"capture.num_samples: {format.num_samples} draws a row do not fit a record; choose 1 to {MOST_DRAWS}")
+        self._n, self._vocabulary = format.num_samples, format.vocabulary_size
+        self._weighted = format.proposal_exponent != 1.0
+
+    def encode(self, record: DrawnTokens) -> bytes:
+        ids, counts = record.ids.numpy(), record.counts.numpy()
+        writer = Writer(0)
+        real = counts > 0
+        per_row = real.sum(axis=1)
+        bits = _row_bits(len(ids))
+        keys = ids.astype(np.int64) << bits | np.arange(len(ids))[:, None]
+        order = np.argsort(keys[real], kind="stable")
+        writer.stream(per_row.astype(np.uint8))
+        write_gaps(writer, np.diff(keys[real][order], prepend=0))
+        writer.stream(counts[real][order].astype(np.uint8))
+        if self._weighted:
+            writer.stream(record.weights.numpy().astype("<f4")[real][order])
+        return writer.payload()
+
+    def _one(self, payload: bytes, n: int) -> tuple[np.ndarray, ...]:
+        """Row by row: how many ids each row has, then all ids, counts and weights."""
+        reader = Reader(payload)
+        if reader.byte():
+            raise damaged("its first byte is unknown")
+        per_row = reader.exactly(n)
+        total = int(per_row.sum(dtype=np.int64))
+        if per_row.size and per_row.max() > self._n:
+            raise damaged("a row has more ids than draws")
+        bits = _row_bits(n)
+        keys = np.cumsum(read_gaps(reader, total))
+        if total and keys[-1] >= self._vocabulary << bits:
+            raise damaged("an id lies outside the vocabulary")
+        rows = keys & ((1 << bits) - 1)
+        counts = reader.exactly(total)
+        weights = reader.exactly(4 * total).view("<f4") if self._weighted else np.full(total, 1 / self._n, np.float32)
+        reader.end()
+        if not np.array_equal(np.bincount(rows, minlength=n), per_row):
+            raise damaged("a row has another number of ids than it says")
+        order = np.argsort(rows.astype(np.uint16) if n <= 2**16 else rows, kind="stable")
+        return per_row.astype(np.int64), keys[order] >> bits, counts[order], weights[order]
+
+    def decode(self, payloads: Sequence[bytes], rows: Sequence[int]) -> DrawnTokens:
+        parts = [self._one(payload, n) for payload, n in zip(payloads, rows, strict=True)]
+        nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.float32))
+        per_row, ids, counts, weights = (np.concatenate(column) for column in zip(*(parts or [nothing]), strict=True))
+        width = int(per_row.max(initial=0))
+        real = np.arange(width) < per_row[:, None]
+        arrays = []
+        for values, dtype in [(ids, np.int64), (counts, np.int64), (weights, np.float32)]:
+            array = np.zeros((len(per_row), width), dtype)
+            array[real] = values
+            arrays.append(torch.from_numpy(array))
+        return DrawnTokens(*arrays)
+
+
+def _row_bits(n: int) -> int:
+    return max(n - 1, 1).bit_length()
