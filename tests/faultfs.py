@@ -89,6 +89,8 @@ class FaultyDisk:
     def _fail(self, name, real, arguments) -> None:
         if name == "write" and self.fault != "crash":
             real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+        if name == "put_object" and self.fault == "torn":  # not every store puts whole objects
+            real(arguments[0], arguments[1], arguments[2][: len(arguments[2]) // 2])
         if isinstance(self.fault, int):
             if name in GROWING:
                 raise OSError(self.fault, os.strerror(self.fault))

@@ -111,7 +111,7 @@ class Folder:
         storage.make_folder(self.path)
 
     def _entries(self) -> list[os.DirEntry]:
-        with suppress(FileNotFoundError), _reading(self.path), os.scandir(self.path) as entries:
+        with _reading(self.path), suppress(FileNotFoundError), os.scandir(self.path) as entries:
             return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
         return []
 

@@ -13,6 +13,7 @@ import xxhash
 
 from potstill.cache.provenance import Difference, Provenance
 from potstill.cache.records import RecordFormat
+from potstill.cache.segments import segment_of
 from potstill.errors import CacheError, StorageError
 from potstill.manifest import FileRecord, check_name
 from potstill.place import Place
@@ -83,7 +84,7 @@ def read_description(place: Place) -> Description | None:
 
 def agree_on(place: Place, wanted: Description, extra_files: Mapping[str, bytes]) -> Description:
     """Writes the description where there is none, the files before it; else compares. Raises CacheError that names what differs."""
-    found = read_description(place)
+    found = _read_or_unfinished(place)
     if found is None:
         for name, data in extra_files.items():
             place.put(name, data)
@@ -91,6 +92,15 @@ def agree_on(place: Place, wanted: Description, extra_files: Mapping[str, bytes]
         found = read_description(place) or wanted  # on an object store another writer may have been quicker
     refuse(place.name, wanted, found)
     return found
+
+
+def _read_or_unfinished(place: Place) -> Description | None:
+    try:
+        return read_description(place)
+    except StorageError:
+        if any(segment_of(name) for name in place.sizes()):
+            raise
+        return None  # nothing is committed yet: a store that does not put whole objects, and a writer that died in its first
 
 
 def refuse(where: str, wanted: Description, found: Description) -> None:

@@ -68,15 +68,32 @@ def checksum(key: bytes, rows: int, payload: bytes | memoryview) -> int:
 
 def encode_data(records: Sequence[tuple[bytes, int, bytes]], cache: str) -> tuple[memoryview, Index]:
     """The data file of these records, and what its index has to say."""
-    keys, rows, payloads = ([record[part] for record in records] for part in range(3))
-    sums = [checksum(*record) for record in records]
-    columns = [pa.array(values, type_) for values, type_ in zip((keys, rows, sums, payloads), _SCHEMA.types, strict=True)]
+    payloads = [payload for _, _, payload in records]
+    sums = np.array([checksum(key, rows, payload) for key, rows, payload in records], np.uint64)
+    rows = np.array([rows for _, rows, _ in records], np.int32)
+    starts = np.zeros(len(records) + 1, np.int64)
+    np.cumsum([len(payload) for payload in payloads], out=starts[1:])
+    payload = pa.Array.from_buffers(pa.large_binary(), len(records), [None, pa.py_buffer(starts), pa.py_buffer(b"".join(payloads))])
+    columns = [*_columns(len(records), b"".join(key for key, _, _ in records), rows, sums), payload]
     sink = pa.BufferOutputStream()
     schema = _SCHEMA.with_metadata({_METADATA: to_json({"cache": cache}).encode()})
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
     data = sink.getvalue()
     return memoryview(data).cast("B"), _locate(data)
+
+
+def _columns(count: int, keys: bytes, *numbers: np.ndarray) -> list[pa.Array]:
+    # From buffers: pa.array() would import pandas, and takes longer than all the rest.
+    types = {np.dtype(np.int32): pa.int32(), np.dtype(np.int64): pa.int64(), np.dtype(np.uint64): pa.uint64()}
+    made = [pa.Array.from_buffers(types[values.dtype], count, [None, pa.py_buffer(np.ascontiguousarray(values))]) for values in numbers]
+    return [pa.Array.from_buffers(_SCHEMA.types[0], count, [None, pa.py_buffer(keys)]), *made]
+
+
+def _values(batch: pa.RecordBatch, name: str, dtype) -> np.ndarray:
+    """A column of fixed width as numpy sees it, without a copy."""
+    buffer = batch.column(name).buffers()[1]
+    return np.frombuffer(buffer, dtype, batch.num_rows) if batch.num_rows else np.empty(0, dtype)
 
 
 def _locate(data: pa.Buffer) -> Index:
@@ -91,15 +108,13 @@ def _locate(data: pa.Buffer) -> Index:
         _, starts, payloads = batch.column("payload").buffers()
         first = 0 if payloads is None or not payloads.size else payloads.address - data.address
         offsets = np.frombuffer(starts, np.int64, batch.num_rows + 1) if batch.num_rows else np.zeros(1, np.int64)
-        keys = np.frombuffer(batch.column("key").buffers()[1], KEY, batch.num_rows) if batch.num_rows else np.empty(0, KEY)
         entries = np.zeros(batch.num_rows, ENTRY)
-        entries["rows"], entries["xxh3"] = batch.column("rows").to_numpy(), batch.column("xxh3").to_numpy()
+        entries["rows"], entries["xxh3"] = _values(batch, "rows", np.int32), _values(batch, "xxh3", np.uint64)
         entries["offset"], entries["length"] = first + offsets[:-1], np.diff(offsets)
+        keys = _values(batch, "key", KEY)
     except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"not a data file of a cache ({type(error).__name__})") from error
-    size = data.size
-    frame = frame_checksum(memoryview(data).cast("B"), entries)
-    index = Index(keys, entries, size, frame, str(cache))
+    index = Index(keys, entries, data.size, frame_checksum(memoryview(data).cast("B"), entries), str(cache))
     _check_bounds(index)
     return index
 
@@ -122,12 +137,11 @@ def frame_checksum(data: memoryview | bytes, entries: np.ndarray) -> int:
 def encode_index(index: Index) -> bytes:
     """An Arrow IPC stream, which other readers take as it is, with its xxh3 behind it."""
     schema = _INDEX_SCHEMA.with_metadata({_METADATA: to_json({"size": index.size, "frame": index.frame, "cache": index.cache}).encode()})
-    keys = pa.FixedSizeBinaryArray.from_buffers(_INDEX_SCHEMA.types[0], len(index.keys), [None, pa.py_buffer(index.keys.tobytes())])
     names = ("rows", "offset", "length", "xxh3")
-    columns = [pa.array(np.ascontiguousarray(index.entries[name])) for name in names]
+    columns = _columns(len(index.keys), index.keys.tobytes(), *(index.entries[name] for name in names))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([keys, *columns], schema=schema))
+        writer.write_batch(pa.record_batch(columns, schema=schema))
     body = sink.getvalue().to_pybytes()
     return body + xxhash.xxh3_64_intdigest(body).to_bytes(_CHECKSUM_BYTES, "little")
 
@@ -146,8 +160,8 @@ def decode_index(data: bytes) -> Index:
         facts: dict[str, Any] = json.loads((reader.schema.metadata or {})[_METADATA])
         entries = np.zeros(batch.num_rows, ENTRY)
         for name in ("rows", "offset", "length", "xxh3"):
-            entries[name] = batch.column(name).to_numpy()
-        keys = np.frombuffer(batch.column("key").buffers()[1], KEY, batch.num_rows)
+            entries[name] = _values(batch, name, ENTRY[name])
+        keys = _values(batch, "key", KEY)
         index = Index(keys, entries, int(facts["size"]), int(facts["frame"]), str(facts["cache"]))
     except (pa.ArrowException, StopIteration, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"not an index of a cache ({type(error).__name__})") from error

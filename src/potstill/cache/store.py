@@ -7,11 +7,11 @@ import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from potstill.cache.catalogue import Catalogue, Damage
+from potstill.cache.codec import Codec, make_codec
 from potstill.cache.compaction import compact, sweep
 from potstill.cache.description import Description, agree_on, describe, read_description, read_file
 from potstill.cache.exchange import commit, fetch
@@ -20,9 +20,6 @@ from potstill.cache.records import Record, RecordFormat
 from potstill.cache.segments import DATA, KEY_BYTES, WRITER, SegmentName, key_array, key_list, segment_of
 from potstill.errors import CacheError, RunFolderError, StorageError
 from potstill.place import Place, place_at
-
-if TYPE_CHECKING:
-    from potstill.cache.codec import Codec
 
 _CREATION_SECONDS = 60.0  # the ranks of one capture start together, and each waits for those before it
 _LOOKS = 3
@@ -110,17 +107,14 @@ class CacheReader:
         Raises CacheError for a key that is not committed, StorageError that names segment and key for an answer that is damaged.
         """
         payloads, entries = self.payloads(keys)
-        if self._codec is None:
-            from potstill.cache.codec import make_codec
-
-            self._codec = make_codec(self.format)
         rows = entries["rows"].tolist()
+        self._codec = codec = self._codec or make_codec(self.format)
         try:
-            return self._codec.decode(payloads, rows)
+            return codec.decode(payloads, rows)
         except StorageError as error:
             for key, payload, count in zip(keys, payloads, rows, strict=True):
                 try:
-                    self._codec.decode([payload], [count])
+                    codec.decode([payload], [count])
                 except StorageError as of_this:
                     raise StorageError(f"{self._where(key)}: does not decode: {of_this}") from of_this
             raise StorageError(f"{self.name}: {error}") from error
