@@ -5,6 +5,7 @@ A head is a sum of matrix products, so that a LoRA on the head needs no merged c
 It knows nothing of models; `potstill.models` reads it off one, `potstill.objectives` runs it chunk by chunk.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -71,3 +72,21 @@ class Head:
         if self.bias is not None:
             total = total + self.bias
         return self.finish(total)
+
+
+# Rows of a head that are brought to the processor at once to be hashed.
+_HASHED_ROWS = 8192
+
+
+def head_digest(head: Head, vocabulary_size: int) -> str:
+    """Names the linear part of a head, cropped to its real tokens: weight, bias, dtypes and scale. Padded rows do not count."""
+    digest = hashlib.blake2b(repr((vocabulary_size, head.scale)).encode(), digest_size=16)
+    for tensor in (head.weight, head.bias):
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(repr((tensor.dtype, tuple(tensor.shape[1:]))).encode())
+        for start in range(0, vocabulary_size, _HASHED_ROWS):
+            part = tensor.detach()[start : min(start + _HASHED_ROWS, vocabulary_size)].cpu().contiguous()
+            digest.update(part.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

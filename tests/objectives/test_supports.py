@@ -61,11 +61,14 @@ def test_all_tokens_but_one_kept_is_the_whole_vocabulary(divergence):
     torch.testing.assert_close(sparse[1], dense[1])
 
 
-def test_one_kept_token_renormalised_learns_nothing_and_with_its_tail_it_does():
-    value, gradient = loss_of(Q.log(), record(ids=(0,)), "top_k_renormalised")
-    assert value == pytest.approx(0, abs=1e-15)
-    assert (gradient.abs() < 1e-15).all()
-    assert loss_of(Q.log(), record(ids=(0,)), "top_k_tail")[0] > 0.01
+def test_one_kept_token_renormalised_is_refused_and_with_its_tail_it_learns():
+    with pytest.raises(IncompatibleError, match=r"keeps 1 token a row.*nothing would be learned.*top_k_tail"):
+        loss_of(Q.log(), record(ids=(0,)), "top_k_renormalised")
+    with pytest.raises(ConfigError, match=r"top_k is 1.*nothing would be learned.*top_k_tail"):
+        check_choice("forward_kl", "top_k_renormalised", "none", {"top_k": 1})
+    value, gradient = loss_of(Q.log(), record(ids=(0,)), "top_k_tail")
+    assert value > 0.01
+    assert gradient.abs().max() > 0.01
 
 
 def test_an_id_that_stands_twice_counts_once():
@@ -100,18 +103,40 @@ def test_a_tiny_tail_is_exact_in_float32():
     torch.testing.assert_close(gradient[1:].double(), precise[1:], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kept", [(), (0,), (2, 0)])
 @pytest.mark.parametrize("proposal_power", [1.0, 0.5])
-def test_samples_are_unbiased_by_enumeration(proposal_power):
-    """All draws of two from a vocabulary of four, weighted p / (r n): expectation of value and gradient are the dense ones."""
-    proposal = P**proposal_power / (P**proposal_power).sum()
+def test_samples_are_unbiased_by_enumeration(proposal_power, kept):
+    """All draws of two from what is not kept, weighted p / (r n): value and gradient are the dense ones in expectation, exactly.
+
+    Kept tokens stand in the record with their own probability: the exact head and the sampled tail.
+    """
+    rest = [i for i in range(4) if i not in kept]
+    proposal = P[rest] ** proposal_power / (P[rest] ** proposal_power).sum()
     value, gradient = 0.0, torch.zeros(4, dtype=torch.float64)
-    for draw in itertools.product(range(4), repeat=2):
-        ids = torch.tensor([draw])
-        chance = proposal[ids].prod().item()
-        one, slope = loss_of(Q.log(), SampledOutcomes(ids, P[ids] / (2 * proposal[ids])), "samples")
-        value, gradient = value + chance * one, gradient + chance * slope
+    for draw in itertools.product(range(len(rest)), repeat=2):
+        drawn = [rest[place] for place in draw]
+        chances = proposal[list(draw)]
+        ids, weights = torch.tensor([[*kept, *drawn]]), torch.cat([P[list(kept)], P[drawn] / (2 * chances)])[None]
+        one, slope = loss_of(Q.log(), SampledOutcomes(ids, weights), "samples")
+        value, gradient = value + chances.prod().item() * one, gradient + chances.prod().item() * slope
     assert value == pytest.approx(1.4099887101, abs=1e-10)
     torch.testing.assert_close(gradient, Q - P, rtol=0, atol=1e-12)
+
+
+def test_the_top_kept_exactly_varies_less_than_samples_alone():
+    """The spread of the gradient over all draws, with the two likeliest tokens known and without."""
+
+    def variance(kept):
+        rest = [i for i in range(4) if i not in kept]
+        mass, found = P[rest].sum(), 0.0
+        for draw in itertools.product(rest, repeat=2):
+            ids = torch.tensor([[*kept, *draw]])
+            weights = torch.cat([P[list(kept)], mass.expand(2) / 2])[None]
+            _, slope = loss_of(Q.log(), SampledOutcomes(ids, weights), "samples")
+            found += (P[list(draw)] / mass).prod().item() * (slope - (Q - P)).square().sum().item()
+        return found
+
+    assert 0 < variance((0, 1)) < 0.2 * variance(())
 
 
 def test_a_sample_of_weight_zero_is_padding():
@@ -133,16 +158,22 @@ def test_samples_of_a_live_teacher_are_those_of_its_distribution():
 
 
 def test_what_a_support_cannot_do_is_refused_and_says_what_can():
-    with pytest.raises(IncompatibleError, match="takes FullOutcomes; the teacher answered TopKOutcomes"):
+    with pytest.raises(IncompatibleError, match=r"the teacher answered TopKOutcomes; say objective.support: top_k_tail"):
         loss_of(Q.log(), record(), "full")
     with pytest.raises(IncompatibleError, match="top_k_renormalised"):
         loss_of(Q.log(), record(), "top_k_tail", temperature=2.0)
     with pytest.raises(IncompatibleError, match=r"names tokens 0\.\.9"):
         loss_of(Q.log(), TopKOutcomes(torch.tensor([[0, 9]]), torch.zeros(1, 2).double(), torch.zeros(1).double()), "top_k_tail")
+    with pytest.raises(IncompatibleError, match=r"made at temperature 1 and holds for no other.*set objective.temperature to 1"):
+        loss_of(Q.log(), SampledOutcomes(torch.tensor([[0]]), torch.ones(1, 1).double()), "samples", temperature=2.0)
+    with pytest.raises(IncompatibleError, match=r"'position' needs the teacher's probability of each written token.*does not hold it"):
+        loss_of(Q.log(), record(), "top_k_tail", token_weight="position")
     for divergence, support, weight, message in (
+        ("jsd", "projected", "none", "serves forward_kl alone.*top_k_tail or full"), ("forward_kl", "samples", "position", "top_k_tail"),
+        ("forward_kl", "projected", "teacher_entropy", "say none"), ("forward_kl", "samples", "top_share", "top_k_tail"),
         ("dkd", "top_k_tail", "none", "say support: full"), ("jsd", "samples", "none", "say support: top_k_tail"),
         ("jsd", "full", "entropy_gap", "token_weight: none"), ("forward_kl", "samples", "teacher_entropy", "top_k_tail"),
-        ("forward_kl", "top_k_tail", "position", "say full"), ("forward_kl", "top_k", "none", "nearest: top_k_tail"),
+        ("forward_kl", "top_k", "none", "nearest: top_k_tail"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_choice(divergence, support, weight)

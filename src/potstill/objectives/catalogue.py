@@ -30,6 +30,7 @@ SUPPORTS: dict[str, dict[str, Value]] = {
     "top_k_tail": {"top_k": 64},
     "top_k_renormalised": {"top_k": 64},
     "samples": {"num_samples": 50},
+    "projected": {},
 }
 
 TOKEN_WEIGHTS: dict[str, dict[str, Value]] = {
@@ -43,6 +44,12 @@ TOKEN_WEIGHTS: dict[str, dict[str, Value]] = {
 }
 
 REDUCTIONS = ("token_mean", "seq_mean")
+ONE_TOKEN = (
+    "one token renormalised on itself is 1 on both sides, so that nothing would be learned; keep at least 2 (objective.top_k), or say "
+    "objective.support: top_k_tail"
+)
+# The share of the divergence where nothing is said; cross-entropy has the rest.
+KD_RATIO = 0.5
 
 # They need the id of the token that came, so they are defined where every token is an outcome of its own.
 NEEDS_TARGETS = frozenset({"cross_entropy", "dkd"})
@@ -50,6 +57,8 @@ NEEDS_TARGETS = frozenset({"cross_entropy", "dkd"})
 WITHOUT_TEMPERATURE = frozenset({"logit_mse"})
 # Weights that compare a token with the others of its response, hence a first look at all of them.
 SEQUENCE_WEIGHTS = frozenset({"position", "top_share"})
+# Weights that read the teacher's probabilities, which samples are not.
+NEEDS_TEACHER_PROBABILITIES = frozenset({"teacher_entropy", "entropy_gap", "teacher_confidence", "position"})
 # entropy_gap weighs the two directions of KL apart.
 GAP_DIVERGENCES = frozenset({"forward_kl", "reverse_kl", "mixed_kl"})
 
@@ -103,21 +112,58 @@ def check_choice(
         raise ConfigError(f"objective.temperature must be above 0; found {temperature}")
     if divergence in WITHOUT_TEMPERATURE and temperature != 1:
         raise ConfigError(f"objective: {divergence} compares logits as they are; found temperature {temperature}; leave it at 1.0")
+    _check_support(divergence, support, token_weight, filled[1])
+    if token_weight == "entropy_gap" and divergence not in GAP_DIVERGENCES:
+        raise ConfigError(f"objective: entropy_gap weighs {', '.join(sorted(GAP_DIVERGENCES))}; found {divergence}; say token_weight: none")
+    return filled[0], filled[1], filled[2]
+
+
+def _check_support(divergence: str, support: str, token_weight: str, of_support: dict[str, Value]) -> None:
+    """Pairs that would run and mean something else."""
     if divergence in NEEDS_TARGETS and support != "full":
         raise ConfigError(f"objective: {divergence} needs every token as an outcome; found support {support!r}; say support: full")
     if support == "samples" and divergence != "forward_kl":
         raise ConfigError(f"objective: samples are unbiased for forward_kl alone; found {divergence}; say support: top_k_tail")
-    if token_weight == "entropy_gap" and divergence not in GAP_DIVERGENCES:
-        raise ConfigError(f"objective: entropy_gap weighs {', '.join(sorted(GAP_DIVERGENCES))}; found {divergence}; say token_weight: none")
-    if token_weight == "position" and support != "full":
-        raise ConfigError(f"objective: position needs the teacher's probability of each written token; found support {support!r}; say full")
-    if support == "samples" and token_weight in ("teacher_entropy", "entropy_gap", "teacher_confidence"):
+    if support == "projected" and divergence != "forward_kl":
+        raise ConfigError(f"objective: a projected record serves forward_kl alone; found {divergence}; say support: top_k_tail or full")
+    if support == "top_k_renormalised" and of_support["top_k"] == 1:
+        raise ConfigError(f"objective: top_k is 1, and {ONE_TOKEN}")
+    if support == "samples" and token_weight in NEEDS_TEACHER_PROBABILITIES:
         raise ConfigError(f"objective: {token_weight} needs the teacher's probabilities; found samples; say support: top_k_tail")
-    return filled[0], filled[1], filled[2]
+    if support == "samples" and token_weight == "top_share":
+        raise ConfigError(
+            "objective: top_share ranks positions by their divergence, and what samples give at one position is noise and the teacher's "
+            "entropy beside it; say support: top_k_tail"
+        )
+    if support == "projected" and token_weight != "none":
+        raise ConfigError(f"objective: a projected record knows no more than forward KL; found token_weight {token_weight!r}; say none")
 
 
-def scales_by_temperature_squared(choice: bool | None, divergence: str, kd_ratio: float, temperature: float) -> bool:
+def loss_weights(kd_ratio: float | None, kd_weight: float | None, sft_weight: float | None) -> tuple[float, float]:
+    """(kd_weight, sft_weight): kd_ratio and one minus it, or the two weights that stand in its place."""
+    if kd_weight is None and sft_weight is None:
+        ratio = KD_RATIO if kd_ratio is None else kd_ratio
+        if not 0 <= ratio <= 1:
+            raise ConfigError(f"objective.kd_ratio is the share of the divergence, in [0, 1]; found {ratio}")
+        return float(ratio), float(1 - ratio)
+    if kd_ratio is not None:
+        raise ConfigError(
+            f"objective.kd_ratio is {kd_ratio} and kd_weight {kd_weight}, sft_weight {sft_weight}: the two weights stand in place of "
+            "kd_ratio; leave out kd_ratio, or both of them"
+        )
+    if kd_weight is None or sft_weight is None:
+        missing, given = ("kd_weight", "sft_weight") if kd_weight is None else ("sft_weight", "kd_weight")
+        raise ConfigError(f"objective.{given} is set and {missing} is not; set both, or kd_ratio in their place")
+    for name, weight in (("kd_weight", kd_weight), ("sft_weight", sft_weight)):
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"objective.{name} is a finite number of at least 0; found {weight}")
+    if kd_weight == sft_weight == 0:
+        raise ConfigError("objective.kd_weight and sft_weight are both 0, so nothing would be learned; set one of them above 0")
+    return float(kd_weight), float(sft_weight)
+
+
+def scales_by_temperature_squared(choice: bool | None, divergence: str, sft_weight: float, temperature: float) -> bool:
     """The recipe's word if it has one; else true for forward KL mixed with cross-entropy at another temperature than 1 (Hinton)."""
     if choice is not None:
         return choice
-    return divergence == "forward_kl" and kd_ratio < 1 and temperature != 1
+    return divergence == "forward_kl" and sft_weight > 0 and temperature != 1

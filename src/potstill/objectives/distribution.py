@@ -12,14 +12,19 @@ from potstill.objectives.fused import FusedLoss, run_plan
 from potstill.objectives.plan import make_plan
 from potstill.objectives.reduction import check_reduction, count, row_weights
 from potstill.objectives.weights import sequence_weight
-from potstill.signals import Needs, TeacherSignal
+from potstill.signals import Needs, Outcomes, TeacherSignal
 
-_NEEDS = {"full": Needs("full"), "top_k_tail": Needs("top_k"), "top_k_renormalised": Needs("top_k"), "samples": Needs("sampled")}
+_OUTCOMES: dict[str, Outcomes] = {
+    "full": "full", "top_k_tail": "top_k", "top_k_renormalised": "top_k", "samples": "sampled", "projected": "projected",
+}  # fmt: skip
+# Here a record is exact at any temperature; elsewhere it stands at its own.
+_AT_ANY_TEMPERATURE = ("full", "top_k_renormalised")
 
 
 class DistributionMatching(nn.Module):
-    """(1 - kd_ratio) cross-entropy + kd_ratio divergence, summed over target rows, through both heads in chunks.
+    """sft_weight cross-entropy + kd_weight divergence, summed over target rows, through both heads in chunks.
 
+    `kd_ratio` stands for a kd_weight of so much and a sft_weight of one minus it; 0.5 where none of the three is given.
     `parameters` is flat: those of the divergence, of the support and of the token weight, as a recipe has them; see the catalogue.
     """
 
@@ -28,7 +33,9 @@ class DistributionMatching(nn.Module):
         *,
         divergence: str = "forward_kl",
         parameters: dict[str, Value] | None = None,
-        kd_ratio: float = 0.5,
+        kd_ratio: float | None = None,
+        kd_weight: float | None = None,
+        sft_weight: float | None = None,
         temperature: float = 1.0,
         scale_by_temperature_squared: bool | None = None,
         support: str = "full",
@@ -39,10 +46,13 @@ class DistributionMatching(nn.Module):
     ):
         super().__init__()
         self.plan = make_plan(
-            divergence, parameters, kd_ratio=kd_ratio, temperature=temperature,
+            divergence, parameters, kd_ratio=kd_ratio, kd_weight=kd_weight, sft_weight=sft_weight, temperature=temperature,
             scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight,
         )
-        self.needs = _NEEDS[support]
+        # How many outcomes a live teacher is cut down to is no wish of a record, unless somebody said so.
+        top_k = (parameters or {}).get("top_k")
+        at_any = support in _AT_ANY_TEMPERATURE and token_weight != "position"
+        self.needs = Needs(_OUTCOMES[support], None if top_k is None else int(top_k), None if at_any else temperature)
         self.reduction = check_reduction(reduction)
         self.vocabulary_size = vocabulary_size
         self.execution = execution or Execution()

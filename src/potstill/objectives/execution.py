@@ -12,11 +12,14 @@ from typing import Literal
 import torch
 
 from potstill.objectives.plan import Plan
-from potstill.objectives.tile import Finish, TileInput, tile_step
+from potstill.objectives.tile import tile_step
+from potstill.objectives.tile_parts import Finish, TileInput
 
 _MIB = 2**20
 # Elements of one elementwise block: its handful of float32 temporaries then stays inside the cache of one core.
 _BLOCK = 2**17
+# Where a block makes no temporaries as wide as the vocabulary, its many small steps weigh more than the cache.
+_SPARSE_BLOCK = 2**19
 # Rows of a compiled block on a GPU: enough to fill it at any vocabulary.
 _COMPILED_ROWS = 256
 
@@ -47,19 +50,22 @@ class Sizes:
 
 
 def choose_sizes(
-    execution: Execution, num_rows: int, vocabulary: int, width: int, itemsize: int, *, head_gradient: bool, device: torch.device
+    execution: Execution, num_rows: int, vocabulary: int, width: int, itemsize: int, *, head_gradient: bool, device: torch.device,
+    sparse: bool = False, live: bool = True,
 ) -> Sizes:
-    """Sizes for one call, deterministic in its arguments."""
+    """Sizes for one call, deterministic in its arguments. `sparse`: few outcomes a row; `live`: the teacher's logits are made here."""
     row_bytes = vocabulary * itemsize
     cuda = device.type == "cuda"
-    # A tile as large as the head's own gradient, which must exist in any case, is the natural size; never less than a good product needs.
-    group = max(64 * _MIB // row_bytes, width if head_gradient else 0, 64)
+    # A tile as large as the head's own gradient, which must exist in any case, is the natural size; never less than a good product
+    # needs. Beside a record, which takes no memory, half of that is as fast.
+    share = 1 if live or not sparse else 2
+    group = max(64 * _MIB // (row_bytes * share), width // share if head_gradient else 0, 64)
     group = min(group, max(512 * _MIB // row_bytes, 64))
     group = _evened(num_rows, max(1, min(execution.group_rows or group, num_rows)))
-    # Narrow products waste the processor, wide ones memory: the teacher gets half of the student's rows.
-    part = max(group // 2, 1)
+    # Narrow products waste the processor, wide ones memory: a live teacher gets half of the student's rows.
+    part = max(group // 2, 1) if live else group
     part = _evened(group, max(1, min(execution.slice_rows or part, group)))
-    block = max(1, _BLOCK // vocabulary)
+    block = max(1, (_SPARSE_BLOCK if sparse else _BLOCK) // vocabulary)
     if cuda:
         # A compiled tile is compiled anew for every number of rows, and batches differ in theirs.
         block = min(_COMPILED_ROWS, 1 << (part.bit_length() - 1)) if execution.compiles(device) else part

@@ -4,7 +4,8 @@ The gradient is made in the forward pass, so neither model's [N, V] logits ever 
 knows hidden rows and heads, and nothing of models, batches or recipes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -12,22 +13,33 @@ from torch import Tensor
 
 from potstill.errors import IncompatibleError, UsageError
 from potstill.head import Head
+from potstill.objectives.answers import finish_of
 from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value
 from potstill.objectives.execution import Execution
 from potstill.objectives.passes import Job, run
 from potstill.objectives.plan import Plan, likelihood_plan, make_plan
+from potstill.objectives.projection import check_projected
 from potstill.objectives.supports import check_support
-from potstill.objectives.tile import Finish
-from potstill.signals import FullOutcomes, SampledOutcomes, TeacherOutcomes, TopKOutcomes
+from potstill.objectives.tile_parts import Finish
+from potstill.signals import (
+    FullOutcomes,
+    MixtureOutcomes,
+    ProjectedOutcomes,
+    RoutedOutcomes,
+    SampledOutcomes,
+    TeacherOutcomes,
+    TopKOutcomes,
+    WholeOutcomes,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FusedLoss:
     """Sums over rows, never means. `total` carries the gradient; the rest is detached, for the log.
 
-    `cross_entropy` and `divergence` are weighted by the row weights alone: no kd_ratio, no squared temperature, no token weight.
-    `by_row` holds what was found for each of the N rows: "cross_entropy", "divergence", "token_weight" where there is one, and with
-    details "student_entropy", "teacher_entropy" and "top1_agreement".
+    `cross_entropy` and `divergence` are weighted by the row weights alone: neither kd_weight nor sft_weight, no squared temperature,
+    no token weight. `by_row` holds what was found for each of the N rows: "cross_entropy", "divergence", "token_weight" where there
+    is one, and with details "student_entropy", "teacher_entropy" and "top1_agreement".
     """
 
     total: Float[Tensor, ""]
@@ -70,7 +82,9 @@ def fused_loss(
     *,
     divergence: str = "forward_kl",
     parameters: dict[str, Value] | None = None,
-    kd_ratio: float = 0.5,
+    kd_ratio: float | None = None,
+    kd_weight: float | None = None,
+    sft_weight: float | None = None,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool | None = None,
     vocabulary_size: int | None = None,
@@ -80,7 +94,9 @@ def fused_loss(
     training: bool = True,
     execution: Execution | None = None,
 ) -> FusedLoss:
-    """sum over rows of row_weight * ((1 - kd_ratio) CE + kd_ratio [T^2] token_weight D), and its gradient for the student.
+    """sum over rows of row_weight * (sft_weight CE + kd_weight [T^2] token_weight D), and its gradient for the student.
+
+    `kd_ratio`, 0.5 where nothing is said, stands for kd_weight and one minus it for sft_weight.
 
     `student_rows [N, D]` are the hidden states that predict `targets [N]`, prompt and padding removed. `teacher` answers the same N
     rows; None is cross-entropy alone. `vocabulary_size` crops padded rows from both heads: they get no mass and a gradient of 0.
@@ -91,7 +107,7 @@ def fused_loss(
         plan = likelihood_plan()
     else:
         plan = make_plan(
-            divergence, parameters, kd_ratio=kd_ratio, temperature=temperature,
+            divergence, parameters, kd_ratio=kd_ratio, kd_weight=kd_weight, sft_weight=sft_weight, temperature=temperature,
             scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight,
         )
     return run_plan(
@@ -115,27 +131,24 @@ def run_plan(
     execution: Execution | None = None,
 ) -> FusedLoss:
     """`fused_loss` for choices that have been checked; `divergence_weights` multiply the divergence alone."""
+    if isinstance(teacher, RoutedOutcomes):
+
+        def part(rows: Tensor, answer: WholeOutcomes) -> FusedLoss:
+            weights = [None if tensor is None else tensor[rows] for tensor in (row_weights, divergence_weights)]
+            return run_plan(
+                plan, student_rows.index_select(0, rows), student_head, answer, targets[rows], vocabulary_size=vocabulary_size,
+                row_weights=weights[0], divergence_weights=weights[1], training=training, details=details, execution=execution,
+            )
+
+        return _routed(teacher, student_rows, len(targets), part)
     vocabulary = _vocabulary(student_head, teacher, vocabulary_size)
+    _check_targets(targets, vocabulary)
     if teacher is not None:
-        check_support(plan.support, teacher, plan.temperature)
-        _check_ids(teacher, vocabulary)
-        if len(teacher) != len(targets):
-            raise IncompatibleError(f"the teacher answered {len(teacher)} rows for {len(targets)} targets; score the same batch")
-    if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-        raise IncompatibleError(
-            f"targets lie in {int(targets.min())}..{int(targets.max())}; the vocabulary has {vocabulary} tokens; "
-            "remove ignored rows before the loss, and compare tokenizer and model"
-        )
-    products = student_head.factors(student_rows, training)
-    autocast = torch.get_autocast_dtype(student_rows.device.type) if torch.is_autocast_enabled(student_rows.device.type) else None
-    tensors: list[Tensor | None] = [student_head.bias]
-    for left, right in products:
-        right = right if autocast is None or right.dtype == torch.float64 else right.to(autocast)
-        tensors += [left.to(right.dtype), right]
+        plan = _fitted(plan, student_head, teacher, len(targets), vocabulary)
     narrow = torch.float64 if student_rows.dtype == torch.float64 else torch.float32
     job = Job(
         plan=plan,
-        finishes=(Finish(student_head.scale, student_head.softcap), _teacher_finish(teacher)),
+        finishes=(Finish(student_head.scale, student_head.softcap), finish_of(teacher)),
         vocabulary=vocabulary,
         teacher=teacher,
         targets=targets,
@@ -144,6 +157,21 @@ def run_plan(
         execution=execution or Execution(),
         details=details,
     )
+    return _differentiated(job, _operands(student_head, student_rows, training))
+
+
+def _operands(head: Head, rows: Tensor, training: bool) -> list[Tensor | None]:
+    """(bias, left, right, left, right, ...), in the dtype that the products are made in."""
+    device = rows.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    tensors: list[Tensor | None] = [head.bias]
+    for left, right in head.factors(rows, training):
+        right = right if autocast is None or right.dtype == torch.float64 else right.to(autocast)
+        tensors += [left.to(right.dtype), right]
+    return tensors
+
+
+def _differentiated(job: Job, tensors: list[Tensor | None]) -> FusedLoss:
     found: dict[str, Tensor] = {}
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         total = _Fused.apply(job, found, *tensors)
@@ -155,7 +183,49 @@ def run_plan(
     return FusedLoss(total, *sums, by_row=found)
 
 
-def _check_ids(teacher: TeacherOutcomes, vocabulary: int) -> None:
+def _routed(
+    teacher: RoutedOutcomes, student_rows: Tensor, num_rows: int, part: Callable[[Tensor, WholeOutcomes], FusedLoss]
+) -> FusedLoss:
+    """Every part by itself; totals and sums are added, what was found by row is put back in the order of the rows."""
+    numbers = torch.cat([rows for rows, _ in teacher.parts]) if teacher.parts else torch.empty(0, dtype=torch.long)
+    if len(numbers) != num_rows or not torch.equal(numbers.sort().values.cpu(), torch.arange(num_rows)):
+        raise IncompatibleError(
+            f"the teachers together answered {len(numbers)} rows for {num_rows} targets; each row is answered by exactly one of them"
+        )
+    losses = [part(rows, answer) for rows, answer in teacher.parts if len(rows)]
+    by_row: dict[str, Tensor] = {}
+    for (rows, _), loss in zip([place for place in teacher.parts if len(place[0])], losses, strict=True):
+        for name, values in loss.by_row.items():
+            by_row.setdefault(name, values.new_full((num_rows,), torch.nan))[rows] = values
+    if not losses:
+        zero = (student_rows * 0.0).sum()  # keeps the graph
+        return FusedLoss(zero, zero.detach(), zero.detach(), by_row)
+    totals, entropies, divergences = ([getattr(loss, name) for loss in losses] for name in ("total", "cross_entropy", "divergence"))
+    return FusedLoss(torch.stack(totals).sum(), torch.stack(entropies).sum(), torch.stack(divergences).sum(), by_row)
+
+
+def _fitted(plan: Plan, student_head: Head, teacher: WholeOutcomes, num_targets: int, vocabulary: int) -> Plan:
+    """The plan for this teacher, once its answer has been looked at. Raises IncompatibleError."""
+    check_support(plan, teacher)
+    _check_ids(teacher, vocabulary)
+    if len(teacher) != num_targets:
+        raise IncompatibleError(f"the teacher answered {len(teacher)} rows for {num_targets} targets; score the same batch")
+    if plan.support == "projected":
+        if not isinstance(teacher, ProjectedOutcomes):
+            return replace(plan, support="full")  # a live teacher projects on the spot, which is the same sum
+        check_projected(student_head, teacher, vocabulary)
+    return plan
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    if targets.device.type == "cpu" and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+        raise IncompatibleError(
+            f"targets lie in {int(targets.min())}..{int(targets.max())}; the vocabulary has {vocabulary} tokens; "
+            "remove ignored rows before the loss, and compare tokenizer and model"
+        )
+
+
+def _check_ids(teacher: WholeOutcomes, vocabulary: int) -> None:
     if not isinstance(teacher, TopKOutcomes | SampledOutcomes) or teacher.ids.device.type != "cpu" or not teacher.ids.numel():
         return
     if not 0 <= int(teacher.ids.min()) <= int(teacher.ids.max()) < vocabulary:
@@ -165,19 +235,17 @@ def _check_ids(teacher: TeacherOutcomes, vocabulary: int) -> None:
         )
 
 
-def _teacher_finish(teacher: TeacherOutcomes | None) -> Finish:
-    return Finish(teacher.head.scale, teacher.head.softcap) if isinstance(teacher, FullOutcomes) else Finish()
-
-
-def _vocabulary(student_head: Head, teacher: TeacherOutcomes | None, vocabulary_size: int | None) -> int:
-    """The number of real tokens, which both heads must at least cover."""
+def _vocabulary(student_head: Head, teacher: WholeOutcomes | None, vocabulary_size: int | None) -> int:
+    """The number of real tokens, which all heads must at least cover."""
     widths = [student_head.vocabulary_size]
     if isinstance(teacher, FullOutcomes):
         widths.append(teacher.head.vocabulary_size)
+    elif isinstance(teacher, MixtureOutcomes):
+        widths += [member.head.vocabulary_size for member in teacher.members]
     if vocabulary_size is None:
         if len(set(widths)) > 1:
             raise IncompatibleError(
-                f"the student's head has {widths[0]} rows and the teacher's {widths[1]}; "
+                f"the student's head has {widths[0]} rows and the teacher's {', '.join(map(str, widths[1:]))}; "
                 "if one tokenizer serves both, give its number of tokens as vocabulary_size"
             )
         return widths[0]

@@ -15,10 +15,15 @@ class Likelihood(nn.Module):
     """sum of -log q[target] over the target rows, through the head in chunks.
 
     `reduction`: "token_mean" counts targets; "seq_mean" weighs a row by one over its response's length and counts responses.
+    `sft_weight` multiplies the total, as it does beside a divergence.
     """
 
-    def __init__(self, *, reduction: str = "token_mean", vocabulary_size: int | None = None, execution: Execution | None = None):
+    def __init__(
+        self, *, reduction: str = "token_mean", vocabulary_size: int | None = None, execution: Execution | None = None,
+        sft_weight: float = 1.0,
+    ):
         super().__init__()
+        self.plan = likelihood_plan(sft_weight)
         self.needs = Needs("nothing")
         self.reduction = check_reduction(reduction)
         self.vocabulary_size = vocabulary_size
@@ -31,7 +36,7 @@ class Likelihood(nn.Module):
     def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
         """`student_rows [N, D]` are the rows of `batch.target_rows()`; `signal` is not read."""
         return run_plan(
-            likelihood_plan(), student_rows, student_head, None, batch.target_rows()[1],
+            self.plan, student_rows, student_head, None, batch.target_rows()[1],
             vocabulary_size=self.vocabulary_size, row_weights=row_weights(self.reduction, batch), training=self.training,
             execution=self.execution,
         )

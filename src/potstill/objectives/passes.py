@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from potstill.objectives.answers import Products, TeacherAnswers, is_live, linear_into
 from potstill.objectives.execution import Execution, Sizes, choose_sizes, compiled_step
 from potstill.objectives.plan import Plan
-from potstill.objectives.tile import Finish, TileInput, tile_step
-from potstill.signals import FullOutcomes, SampledOutcomes, TeacherOutcomes, TopKOutcomes
+from potstill.objectives.projection import widened_product
+from potstill.objectives.tile import tile_step
+from potstill.objectives.tile_parts import Finish, TileInput, gradient_scale
+from potstill.signals import ProjectedOutcomes, WholeOutcomes
 
-Products = list[tuple[Tensor, Tensor]]
 # The head's gradient is added up in float32 through a window of this many rows of the head.
 _WINDOW = 4096
 _SEEN_BYTES = 24 * 2**20
@@ -26,7 +28,7 @@ class Job:
     plan: Plan
     finishes: tuple[Finish, Finish]
     vocabulary: int
-    teacher: TeacherOutcomes | None
+    teacher: WholeOutcomes | None
     targets: Tensor
     row_weights: Tensor
     divergence_weights: Tensor | None
@@ -47,9 +49,12 @@ def run(
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
         head_gradient = any(wanted[2::2])
         sizes = choose_sizes(
-            job.execution, num_rows, job.vocabulary, width, dtype.itemsize, head_gradient=head_gradient, device=device
+            job.execution, num_rows, job.vocabulary, width, dtype.itemsize, head_gradient=head_gradient, device=device,
+            sparse=job.plan.has_teacher and job.plan.support != "full", live=is_live(job.teacher),
         )
-        gradients = _Gradients(tensors, wanted, job.vocabulary, num_groups=-(-num_rows // sizes.group))
+        gradients = _Gradients(
+            tensors, wanted, job.vocabulary, num_groups=-(-num_rows // sizes.group), subtracts=isinstance(job.teacher, ProjectedOutcomes)
+        )
         by_row = _run_groups(job, sizes, products, bias, gradients, torch.empty(sizes.group, job.vocabulary, dtype=dtype, device=device))
         return _total(job, by_row), by_row, gradients.finish()
 
@@ -59,14 +64,25 @@ def _run_groups(
 ) -> dict[str, Tensor]:
     """Every row once; `tile` serves every group in turn."""
     _keep_small_buffers(tile.device)
-    teacher = _TeacherSlices(job, sizes.slice)
+    asked = job.teacher if job.plan.has_teacher else None
+    teacher = TeacherAnswers(
+        asked, temperature=job.plan.temperature, vocabulary=job.vocabulary, slice_rows=sizes.slice, student_rows=products[0][0]
+    )
     found: dict[str, Tensor] = {}
     for start in range(0, len(job.targets), sizes.group):
         group = slice(start, min(start + sizes.group, len(job.targets)))
         part = tile[: group.stop - group.start]
         _run_group(job, sizes, products, bias, teacher, group, part, gradients.wanted, found)
         gradients.add(products, group, part)
+        if isinstance(asked, ProjectedOutcomes):
+            gradients.subtract(group, _over_projection(job, asked, group))
     return found
+
+
+def _over_projection(job: Job, teacher: ProjectedOutcomes, group: slice) -> Tensor:
+    """What the teacher's probabilities have of the gradient over the hidden rows; the student's came through its logits."""
+    weights = job.row_weights if job.divergence_weights is None else job.row_weights * job.divergence_weights
+    return gradient_scale(job.plan, weights[group]) * teacher.projection[group]
 
 
 def _keep_small_buffers(device: torch.device) -> None:
@@ -81,16 +97,16 @@ def _pairs(tensors: tuple[Tensor | None, ...]) -> Products:
 
 
 def _run_group(
-    job: Job, sizes: Sizes, products: Products, bias: Tensor | None, teacher: "_TeacherSlices", group: slice, tile: Tensor,
+    job: Job, sizes: Sizes, products: Products, bias: Tensor | None, teacher: TeacherAnswers, group: slice, tile: Tensor,
     training: bool, found: dict[str, Tensor],
 ) -> None:
     """Losses of a group of rows; with `training` the gradient over the linear part of the student's head replaces the tile."""
     compiles = job.execution.compiles(tile.device)
-    _linear_into(tile, [(left[group], right) for left, right in products], bias)
+    linear_into(tile, [(left[group], right) for left, right in products], bias)
     for start in range(group.start, group.stop, sizes.slice):
         rows = slice(start, min(start + sizes.slice, group.stop))
         linear = tile[rows.start - group.start : rows.stop - group.start]
-        answers = teacher.answers(rows)
+        answers = teacher.of(rows)
         for first in range(0, rows.stop - rows.start, sizes.block):
             block = slice(first, min(first + sizes.block, rows.stop - rows.start))
             here = slice(rows.start + block.start, rows.start + block.stop)
@@ -112,62 +128,22 @@ def _run_group(
                 found[name][here] = values
 
 
-def _linear_into(out: Tensor, products: Products, bias: Tensor | None) -> None:
-    """out = sum of left @ right.T, plus the bias, without a second vocabulary-wide tensor where the dtypes agree."""
-    for number, (left, right) in enumerate(products):
-        right = right[: out.shape[1]]
-        if left.dtype == out.dtype:
-            if number == 0:
-                torch.mm(left, right.T, out=out)
-            else:
-                out.addmm_(left, right.T)
-        elif number == 0:
-            out.copy_(left @ right.T)
-        else:
-            out.add_(left @ right.T)
-    if bias is not None:
-        out.add_(bias[: out.shape[1]])
-
-
-class _TeacherSlices:
-    """The teacher's answer for a slice of rows; a live teacher's logits go into one buffer that every slice reuses."""
-
-    def __init__(self, job: Job, slice_rows: int):
-        self._job = job
-        self._products: Products = []
-        if job.plan.has_teacher and isinstance(job.teacher, FullOutcomes):
-            self._products = [(left.to(right.dtype), right) for left, right in job.teacher.head.factors(job.teacher.hidden)]
-            dtype = self._products[0][0].dtype
-            for _, right in self._products:
-                dtype = torch.promote_types(dtype, right.dtype)
-            self._buffer = torch.empty(slice_rows, job.vocabulary, dtype=dtype, device=job.targets.device)
-
-    def answers(self, rows: slice) -> tuple[Tensor, ...]:
-        teacher = self._job.teacher
-        if not self._job.plan.has_teacher or teacher is None:
-            return ()
-        if isinstance(teacher, TopKOutcomes):
-            return teacher.ids[rows].long(), teacher.log_probs[rows], teacher.log_tail[rows]
-        if isinstance(teacher, SampledOutcomes):
-            return teacher.ids[rows].long(), teacher.weights[rows]
-        assert isinstance(teacher, FullOutcomes)
-        linear = self._buffer[: rows.stop - rows.start]
-        _linear_into(linear, [(left[rows], right) for left, right in self._products], teacher.head.bias)
-        return (linear,)
-
-
 class _Gradients:
     """Gradients of the bias and of each product's factors, group by group; rows of a head beyond the vocabulary keep 0."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], vocabulary: int, num_groups: int):
+    def __init__(
+        self, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], vocabulary: int, num_groups: int, subtracts: bool
+    ):
         self.wanted = any(wanted)
-        self._tensors, self._vocabulary, self._single = tensors, vocabulary, num_groups <= 1
+        self._tensors, self._vocabulary, self._single, self._subtracts = tensors, vocabulary, num_groups <= 1, subtracts
         self._gradients: list[Tensor | None] = []
         for place, (tensor, want) in enumerate(zip(tensors, wanted, strict=True)):
             if tensor is None or not want:
                 self._gradients.append(None)
             elif place % 2 == 1:
-                self._gradients.append(torch.empty_like(tensor))
+                # A difference of two nearly equal sums is not taken of rounded ones.
+                dtype = torch.promote_types(tensor.dtype, torch.float32) if subtracts else tensor.dtype
+                self._gradients.append(torch.empty_like(tensor, dtype=dtype))
             else:
                 gradient = torch.empty_like(tensor, dtype=self._sum_dtype(tensor))
                 gradient[0 if num_groups == 0 else vocabulary :] = 0
@@ -189,10 +165,18 @@ class _Gradients:
                 continue
             same = over_linear.to(left.dtype)
             if over_left is not None:
-                torch.mm(same, right[: self._vocabulary], out=over_left[group])
+                if self._subtracts:
+                    over_left[group] = widened_product(over_linear, right[: self._vocabulary])
+                else:
+                    torch.mm(same, right[: self._vocabulary], out=over_left[group])
             if over_right is not None:
                 self._add_product(over_right[: self._vocabulary], same, left[group])
         self._started = True
+
+    def subtract(self, group: slice, over_rows: Tensor) -> None:
+        """From the gradient over the rows of the first product, where that is wanted."""
+        if self._gradients[1] is not None:
+            self._gradients[1][group] -= over_rows
 
     def _add_product(self, total: Tensor, over_linear: Tensor, left: Tensor) -> None:
         if not self._started and total.dtype == left.dtype:
@@ -217,8 +201,8 @@ class _Gradients:
 def _total(job: Job, by_row: dict[str, Tensor]) -> Tensor:
     """A weight of zero takes an infinite divergence out, as a masked row would."""
     total = job.row_weights.new_zeros(())
-    if job.plan.kd_ratio < 1 and "cross_entropy" in by_row:
-        total = total + (1 - job.plan.kd_ratio) * (job.row_weights * by_row["cross_entropy"]).sum()
+    if job.plan.sft_weight > 0 and "cross_entropy" in by_row:
+        total = total + job.plan.sft_weight * (job.row_weights * by_row["cross_entropy"]).sum()
     if job.plan.divergence_factor > 0 and "divergence" in by_row:
         weights = job.row_weights * by_row["token_weight"] if "token_weight" in by_row else job.row_weights
         weighted = torch.where(weights > 0, weights * by_row["divergence"], 0.0)

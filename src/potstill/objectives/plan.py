@@ -5,20 +5,21 @@ It knows nothing of chunks, heads or models.
 
 from dataclasses import dataclass
 
-from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, scales_by_temperature_squared
+from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, loss_weights, scales_by_temperature_squared
 
 
 @dataclass(frozen=True)
 class Plan:
     """Resolved choices: every parameter is present, every default has been taken.
 
-    `kd_ratio` weighs the divergence, `1 - kd_ratio` the cross-entropy. Tuples of items stand for dictionaries so that a plan can be
+    `kd_weight` weighs the divergence, `sft_weight` the cross-entropy. Tuples of items stand for dictionaries so that a plan can be
     the key of a compiled tile.
     """
 
     divergence: str
     parameters: tuple[tuple[str, Value], ...]
-    kd_ratio: float
+    kd_weight: float
+    sft_weight: float
     temperature: float
     squared: bool
     support: str
@@ -30,7 +31,7 @@ class Plan:
     @property
     def divergence_factor(self) -> float:
         """What multiplies a position's divergence in the total."""
-        return self.kd_ratio * (self.temperature**2 if self.squared else 1.0)
+        return self.kd_weight * (self.temperature**2 if self.squared else 1.0)
 
     @property
     def weighs_tokens_itself(self) -> bool:
@@ -42,24 +43,24 @@ def make_plan(
     divergence: str,
     parameters: dict[str, Value] | None,
     *,
-    kd_ratio: float,
-    temperature: float,
-    scale_by_temperature_squared: bool | None,
-    support: str,
-    token_weight: str,
+    kd_ratio: float | None = None,
+    kd_weight: float | None = None,
+    sft_weight: float | None = None,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool | None = None,
+    support: str = "full",
+    token_weight: str = "none",
 ) -> Plan:
     """Checks the choices of a recipe or a call; ConfigError names what does not fit. `parameters` is flat."""
-    if not 0 <= kd_ratio <= 1:
-        from potstill.errors import ConfigError
-
-        raise ConfigError(f"objective.kd_ratio is the share of the divergence, in [0, 1]; found {kd_ratio}")
+    of_divergence, of_text = loss_weights(kd_ratio, kd_weight, sft_weight)
     own, of_support, of_weight = check_choice(divergence, support, token_weight, parameters, temperature)
     return Plan(
         divergence=divergence,
         parameters=tuple(own.items()),
-        kd_ratio=float(kd_ratio),
+        kd_weight=of_divergence,
+        sft_weight=of_text,
         temperature=float(temperature),
-        squared=scales_by_temperature_squared(scale_by_temperature_squared, divergence, kd_ratio, temperature),
+        squared=scales_by_temperature_squared(scale_by_temperature_squared, divergence, of_text, temperature),
         support=support,
         support_size=int(next(iter(of_support.values()), 0)),
         token_weight=token_weight,
@@ -67,6 +68,6 @@ def make_plan(
     )
 
 
-def likelihood_plan() -> Plan:
+def likelihood_plan(sft_weight: float = 1.0) -> Plan:
     """Cross-entropy alone: no teacher is asked."""
-    return Plan("cross_entropy", (), 0.0, 1.0, False, "full", 0, "none", (), has_teacher=False)
+    return Plan("cross_entropy", (), 0.0, sft_weight, 1.0, False, "full", 0, "none", (), has_teacher=False)

@@ -20,25 +20,32 @@ def entropy(log_probs: Float[Tensor, "*N O"]) -> Float[Tensor, "*N"]:
     return -(log_probs.exp() * log_probs.clamp_min(LOG_ZERO)).sum(-1)
 
 
+def entropy_share(log_probs: Float[Tensor, "*N O"]) -> Float[Tensor, "*N"]:
+    """The entropy by the largest that so many outcomes can have."""
+    return entropy(log_probs) / math.log(max(log_probs.shape[-1], 2))
+
+
 def position_weight(
-    name: str, parameters: dict[str, Value], divergence: str, student: Float[Tensor, "n V"], compared: Compared
+    name: str, parameters: dict[str, Value], compared: Compared | None, student_share: Float[Tensor, "n"] | None
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """The weights of the forward and of the reverse direction at each position, from that position alone.
 
     They are the same tensor but for `entropy_gap` (BDKD): more on forward KL where the teacher is the less certain, more on reverse
-    KL where the student is.
+    KL where the student is. `student_share` is the student's over all tokens, whatever the outcomes that are compared.
     """
+    if name == "student_entropy" and student_share is not None:
+        return student_share, student_share
+    if compared is None:
+        raise ValueError(f"{name!r} needs the teacher's probabilities")
     if name == "entropy_gap":
         gap = entropy(compared.teacher) - entropy(compared.student)
         extra = float(parameters["gap_weight"])
         return torch.where(gap > 0, extra, 1.0).to(gap.dtype), torch.where(gap < 0, extra, 1.0).to(gap.dtype)
     if name == "teacher_entropy":
-        weight = entropy(compared.teacher) / math.log(max(compared.teacher.shape[-1], 2))
-    elif name == "student_entropy":
-        weight = entropy(student) / math.log(max(student.shape[-1], 2))
+        weight = entropy_share(compared.teacher)
     elif name == "teacher_confidence":
         largest = compared.teacher[..., : compared.num_tokens].amax(-1)
-        weight = (largest >= math.log(max(float(parameters["min_confidence"]), 1e-30))).to(student.dtype)
+        weight = (largest >= math.log(max(float(parameters["min_confidence"]), 1e-30))).to(compared.student.dtype)
     else:
         raise ValueError(f"{name!r} is not a weight of one position")
     return weight, weight

@@ -1,0 +1,203 @@
+"""The loss against a recorded top K, from hidden states, forward and backward: ours against peers and the work nobody can avoid.
+
+    python benchmarks/sparse_loss.py [--shape f32-32k ...] [--rounds 5] [--contender NAME ...]
+
+The floor is the student head's three matrix products (logits, gradient of the rows, gradient of the head) and one logsumexp over the
+whole logits, nothing in chunks. Every loss is forward KL on the K tokens and the rest unless its name says otherwise, mixed half and
+half with cross-entropy. Times are CPU seconds of one thread, every contender once a round in one process, median of the ratios to the
+floor of the same round. Peaks are the kernel's high-water mark of a fresh process for each contender, less what stood before the
+measured step. Peers that are not installed are left out.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+SHAPES = {
+    "f32-32k": ("float32", 2048, 32000, 64), "f32-32k-k100": ("float32", 2048, 32000, 100), "bf16-32k": ("bfloat16", 2048, 32000, 64),
+    "f32-128k": ("float32", 2048, 128256, 64), "f32-152k": ("float32", 2048, 151936, 64),
+}
+WIDTH = 512
+OURS = ["ours forward_kl", "ours forward_kl compiled", "ours jsd", "ours reverse_kl"]
+PEERS = ["gather", "gather chunked", "dense from sparse", "trl"]
+
+
+def inputs(shape: str):
+    """Logits of about the spread that a language model's have; a teacher of its own for each row, K of its tokens kept."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    name, num_rows, vocabulary, k = SHAPES[shape]
+    dtype = getattr(torch, name)
+    hidden = torch.randn(num_rows, WIDTH).to(dtype)
+    weight = (torch.randn(vocabulary, WIDTH) * (2.5 / WIDTH**0.5)).to(dtype)
+    targets = torch.randint(0, vocabulary, (num_rows,))
+    kept, ids, tail = torch.empty(num_rows, k), torch.empty(num_rows, k, dtype=torch.long), torch.empty(num_rows)
+    for row in range(num_rows):
+        log_probs = (torch.randn(vocabulary) * 2.5).log_softmax(-1)
+        kept[row], ids[row] = log_probs.topk(k)
+        tail[row] = torch.log1p(-kept[row].exp().sum())
+    return hidden.requires_grad_(), weight.requires_grad_(), ids, kept, tail, targets
+
+
+def gather(hidden, weight, ids, kept, tail, targets):
+    """From the whole log-softmax."""
+    import torch
+
+    log_probs = (hidden @ weight.T).float().log_softmax(-1)
+    on_ids = log_probs.gather(-1, ids)
+    student = torch.cat([on_ids, torch.log1p(-on_ids.exp().sum(-1, keepdim=True))], -1)
+    teacher = torch.cat([kept, tail[:, None]], -1)
+    return 0.5 * torch.nn.functional.nll_loss(log_probs, targets) + 0.5 * (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+
+def dense_from_sparse(hidden, weight, ids, kept, tail, targets):
+    """As DistillKit is described to do with a missing tail: spread evenly over the other tokens, then the usual dense loss."""
+    import torch
+
+    logits = (hidden @ weight.T).float()
+    rest = weight.shape[0] - ids.shape[1]
+    teacher = (tail[:, None] - torch.tensor(float(rest)).log()).expand(-1, weight.shape[0]).scatter(-1, ids, kept)
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+    return 0.5 * torch.nn.functional.cross_entropy(logits, targets) + 0.5 * divergence
+
+
+def trl(hidden, weight, ids, kept, targets):
+    """Its loss for a teacher behind a server, with the tail; it mixes in no cross-entropy."""
+    from trl.experimental.server_distillation.server_distillation_trainer import ServerDistillationTrainer as Trainer
+
+    loss = Trainer._compute_server_forward_kl_loss
+    trainer = SimpleNamespace(loss_add_tail=True, _reduce_divergence_loss=Trainer._reduce_divergence_loss)
+    answer = {"topk_logprobs": kept[None], "topk_token_ids": ids[None]}
+    return getattr(loss, "__wrapped__", loss)(trainer, answer, (hidden @ weight.T)[None].log_softmax(-1), targets[None])
+
+
+def ours(rest: str, hidden, weight, ids, kept, tail, targets):
+    from potstill.head import Head
+    from potstill.objectives.execution import Execution
+    from potstill.objectives.fused import fused_loss
+    from potstill.signals import TopKOutcomes
+
+    divergence, _, mode = rest.partition(" ")
+    loss = fused_loss(
+        hidden, Head(weight), TopKOutcomes(ids, kept, tail), targets, divergence=divergence, kd_ratio=0.5, support="top_k_tail",
+        execution=Execution(compile="on" if mode == "compiled" else "off"),
+    )  # fmt: skip
+    return loss.total / len(targets)
+
+
+def contender(name: str, tensors):
+    """A function of no arguments that makes one loss and its gradients."""
+    import torch
+
+    hidden, weight, ids, kept, tail, targets = tensors
+    kind, _, rest = name.partition(" ")
+
+    def floor():
+        with torch.no_grad():
+            logits = hidden @ weight.T
+            torch.logsumexp(logits, -1)
+            _ = logits @ weight, logits.T @ hidden
+
+    def chunked():
+        for part in torch.arange(len(targets)).chunk(8):
+            (gather(hidden[part], weight, ids[part], kept[part], tail[part], targets[part]) / 8).backward()
+        hidden.grad = weight.grad = None
+
+    if name == "floor":
+        return floor
+    if name == "gather chunked":
+        return chunked
+    losses = {
+        "gather": lambda: gather(*tensors), "dense from sparse": lambda: dense_from_sparse(*tensors),
+        "trl": lambda: trl(hidden, weight, ids, kept, targets),
+    }
+    loss = losses[name] if name in losses else lambda: ours(rest, *tensors)
+    if name not in losses and kind != "ours":
+        raise ValueError(f"no contender {name!r}")
+
+    def run():
+        loss().backward()
+        hidden.grad = weight.grad = None
+
+    return run
+
+
+def status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def peak(shape: str, name: str) -> float:
+    """MiB above what stood before the step, by the kernel's own high-water mark."""
+    run = contender(name, inputs(shape))
+    run()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def times(shape: str, names: list[str], rounds: int) -> dict[str, list[float]]:
+    tensors = inputs(shape)
+    runs = {name: contender(name, tensors) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if number:
+                found[name].append(time.process_time() - start)
+    return found
+
+
+def available(names: list[str]) -> list[str]:
+    from importlib.util import find_spec
+
+    return [name for name in names if name != "trl" or find_spec("trl")]
+
+
+def child(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout.splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["f32-32k"], choices=list(SHAPES))
+    parser.add_argument("--contender", nargs="+", help="e.g. 'ours forward_kl' 'ours jsd compiled' gather trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.worker == "times":
+        print(json.dumps(times(options.shape[0], options.contender, options.rounds)))
+        return
+    if options.worker == "peak":
+        print(peak(options.shape[0], options.contender[0]))
+        return
+    for shape in options.shape:
+        wanted = ["floor", *available(options.contender or [*OURS, *PEERS])]
+        measured = json.loads(child("--worker", "times", "--shape", shape, "--rounds", str(options.rounds), "--contender", *wanted))
+        print(f"\n{shape}: {SHAPES[shape]}, CPU time / floor and MiB beyond the inputs; floor {statistics.median(measured['floor']):.2f} s")
+        for name in wanted:
+            ratios = [mine / floor for mine, floor in zip(measured[name], measured["floor"], strict=True)]
+            most = float(child("--worker", "peak", "--shape", shape, "--contender", name))
+            print(f"{name:28s} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {most:6.0f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
