@@ -1,9 +1,10 @@
 """What every teacher can do, and the check, when a run is assembled, that it can do what the objective asks."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from potstill.batch import Batch
+from potstill.data.examples import ExampleSet
 from potstill.errors import IncompatibleError
 from potstill.signals import Needs, Offers, TeacherSignal
 
@@ -29,6 +30,22 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Gives back connections, files and threads; a closed teacher is not asked again."""
         ...
+
+
+@runtime_checkable
+class KnowsItsRows(Protocol):
+    """A teacher that cannot answer any text: it has records of some, or members for some."""
+
+    def refuse_missing(self, examples: ExampleSet) -> None:
+        """Raises PotstillError naming the first row that it cannot answer."""
+        ...
+
+
+def require_answers(teacher: Teacher, *sets: ExampleSet | None) -> None:
+    """Raises PotstillError, before training, where the teacher cannot answer an example of these sets."""
+    for examples in sets:
+        if examples is not None and isinstance(teacher, KnowsItsRows):
+            teacher.refuse_missing(examples)
 
 
 def require(teacher: Teacher, needs: Needs, asked_by: str = "the objective") -> None:
