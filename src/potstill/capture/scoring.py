@@ -16,6 +16,7 @@ from potstill.capture import selecting
 from potstill.capture.tiles import LogitTiles
 from potstill.errors import IncompatibleError
 from potstill.head import Head
+from potstill.objectives.projection import project
 from potstill.signals import FullOutcomes, MixtureOutcomes, Needs, Offers, RoutedOutcomes, TeacherOutcomes, TopKOutcomes
 
 # Bytes of one block of a tile: the exponentials of a block are a second copy of it.
@@ -53,6 +54,10 @@ def record_of(outcomes: TeacherOutcomes, asked: Asked, format: RecordFormat, *, 
             f"capture.outcomes: {format.outcomes} cannot be recorded of {type(outcomes).__name__}, which is what the teacher answers; "
             "choose top_k, or another teacher"
         )
+    if format.outcomes == "projected":
+        if project_on is None:
+            raise IncompatibleError("capture.outcomes: projected needs the head of a student that does not learn it; there is none")
+        return project(outcomes, project_on, temperature=format.temperature, vocabulary_size=format.vocabulary_size)
     return _selected(outcomes, asked, format)
 
 

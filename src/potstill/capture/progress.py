@@ -1,0 +1,43 @@
+"""How far a capture is: a bar on a terminal, a line now and then elsewhere, nothing where it must be quiet."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class CaptureProgress:
+    """A context that counts tokens read by the teacher."""
+
+    def __init__(self, total_tokens: int, *, quiet: bool, console: Console | None = None):
+        self._total, self._tokens = total_tokens, 0
+        self._began = self._said = time.monotonic()
+        console = console or Console(stderr=True)
+        self._lines = not quiet and not console.is_terminal
+        columns = (
+            TextColumn("Capturing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} tokens"),
+            TextColumn("{task.fields[speed]}"), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=console, disable=quiet or self._lines)
+        self._task = self._bar.add_task("", total=total_tokens, speed="")
+
+    def __enter__(self) -> "CaptureProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, tokens: int) -> None:
+        self._tokens += tokens
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._began, 1e-9)
+        self._bar.update(self._task, advance=tokens, speed=f"{speed:,.0f} a second")
+        if self._lines and now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (self._total - self._tokens) / speed if speed else 0.0
+            sys.stderr.write(f"captured {self._tokens:,} of {self._total:,} tokens, {speed:,.0f} a second, about {left:,.0f} s left\n")
