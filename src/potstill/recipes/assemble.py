@@ -5,7 +5,8 @@ Whatever can be refused without weights is refused before the run folder is made
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import closing, nullcontext
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from shutil import which
@@ -27,11 +28,12 @@ from potstill.objectives.distribution import DistributionMatching
 from potstill.objectives.execution import Execution
 from potstill.objectives.likelihood import Likelihood
 from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short, teacher_name
+from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, settle
 from potstill.recipes.schema import Recipe
-from potstill.recipes.teachers import make_teacher, own_device, prove
+from potstill.recipes.teachers import fingerprints_of, make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
 from potstill.run_folder import ENVIRONMENT, RECIPE, REJECTED, RunFolder
-from potstill.teachers.teacher import Teacher, require
+from potstill.teachers.teacher import Teacher, require, require_answers
 from potstill.training.distiller import Distiller
 from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
 from potstill.training.trainer import TrainingSummary, train
@@ -48,6 +50,8 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
     A finished run is said to be finished and left as it is. Raises PotstillError for everything that the user can mend.
     """
     first = launched_ranks()[0] == 0
+    readers = open_caches(recipe)
+    recipe, taken = settle(recipe, readers)
     if not fresh and RunFolder.look(recipe.run.folder, recipe.resolved(), override_resume=override_resume) == "finished":
         folder = RunFolder.read(recipe.run.folder)
         if first:
@@ -57,12 +61,12 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
     quiet = quiet or not first
     _show_library_bars(not quiet and sys.stderr.isatty())
     with TemporaryDirectory() as scratch:
-        preparation = prepare_run(recipe, quiet=quiet, rejects_file=Path(scratch) / REJECTED)
+        preparation = prepare_run(recipe, readers, quiet=quiet, rejects_file=Path(scratch) / REJECTED)
         rejected = _text(Path(scratch) / REJECTED)
     opened = ranks.on_first(lambda: RunFolder.open(recipe.run.folder, recipe.resolved(), fresh=fresh, override_resume=override_resume))
     folder = opened or RunFolder.open(recipe.run.folder, recipe.resolved(), writer=False)
     with folder:
-        for note in folder.notes:
+        for note in (*folder.notes, *(taken if first else ())):
             _say(note)
         if rejected:
             _say(f"{in_words(rejected.count(chr(10)), 'bad row')} left out; {folder.write_text(REJECTED, rejected)} says which and why")
@@ -76,11 +80,13 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
         if first:
             _say_start(recipe, preparation, distiller, folder)
         data, config = preparation.data, recipe.training
-        summary = train(
-            distiller, teacher, data.train, data.validation, config, folder, seed=recipe.run.seed, pad_token=preparation.pad_token,
-            packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
-            trackers=recipe.run.trackers if first else (), quiet=quiet,
-        )  # fmt: skip
+        with closing(teacher) if teacher is not None else nullcontext():
+            summary = train(
+                distiller, teacher, data.train, data.validation, config, folder, seed=recipe.run.seed, pad_token=preparation.pad_token,
+                packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
+                trackers=recipe.run.trackers if first else (), quiet=quiet,
+                fingerprints=fingerprints_of(recipe, teacher) if teacher is not None else None,
+            )  # fmt: skip
         finish(recipe, command, preparation, distiller, folder, summary)
         if first:
             _say_finished(folder)
@@ -121,13 +127,14 @@ def _text(path: Path) -> str:
 # ---------------------------------------------------------------- the parts
 
 
-def prepare_run(recipe: Recipe, *, quiet: bool, rejects_file: Path | None = None) -> Preparation:
-    """Tokenizers compared, data rendered. Raises PotstillError for what must fail, before any weight is read."""
+def prepare_run(recipe: Recipe, readers: Readers, *, quiet: bool, rejects_file: Path | None = None) -> Preparation:
+    """Tokenizers and caches compared, data rendered. Raises PotstillError for what must fail, before any weight is read."""
     student, teachers, comparison = read_models(recipe)
     refuse_different(comparison, recipe.student.path, teacher_name(recipe))
     refuse_too_short(recipe, {"student": student, **teachers})
     data, ids = prepare_data(recipe, student, quiet=quiet, rejects_file=rejects_file)
-    return Preparation(student, teachers, comparison, data, ids)
+    preparation = Preparation(student, teachers, comparison, data, ids)
+    return replace(preparation, cached=refuse_foreign_caches(recipe, readers, preparation))
 
 
 def make_objective(recipe: Recipe, vocabulary_size: int, *, num_steps: int = 0) -> DistributionMatching | Likelihood:
@@ -165,6 +172,7 @@ def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Tea
     if recipe.teacher is not None and recipe.objective.asks_teacher:
         teacher = make_teacher(recipe, preparation)
         require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
+        require_answers(teacher, preparation.data.train, preparation.data.validation)
     student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
     if recipe.run.merge_adapter:
         refuse_unmergeable(student.inner)

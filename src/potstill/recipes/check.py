@@ -5,7 +5,7 @@ No weights are loaded. What must fail is collected and said together, each with 
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rich.console import Console
@@ -19,12 +19,14 @@ from potstill.data.preview import preview
 from potstill.errors import UsageError
 from potstill.models.footprint import Footprint, Workload, predict_student, predict_teacher
 from potstill.objectives.catalogue import scales_by_temperature_squared
-from potstill.recipes.check_teachers import answer_words, model_words, short, teacher_rows
+from potstill.recipes.check_teachers import answer_words, cache_rows, model_words, server_rows, short, teacher_rows
 from potstill.recipes.fitting import members
 from potstill.recipes.preparation import Preparation, Reader, prepare_data, read_models, refuse_too_short
+from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, settle
 from potstill.recipes.schema import Recipe
 from potstill.recipes.words import gib, in_words, printable
-from potstill.teachers.config import LocalTeacherConfig
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.config import LocalTeacherConfig, ServerTeacherConfig
 from potstill.training.feeding import Rows
 
 # An example is shown to be read; a long one is cut in the middle of a piece, and says so.
@@ -61,12 +63,20 @@ def check(recipe: Recipe, console: Console | None = None) -> int:
     """Prints the look, and what must be changed on stderr. Returns the exit code: 0, or 2 where the run would fail."""
     console = console or Console()
     findings = Findings()
-    preparation = examine(recipe, findings)
+    readers = open_caches(recipe)
+    recipe, taken = settle(recipe, readers)
+    findings.notes += taken
+    preparation = examine(recipe, readers, findings)
     cost = predict(recipe, preparation, findings)
     _show_pipeline(console, recipe, preparation, cost)
     _show_example(console, preparation)
     _show_rows(console, preparation.data)
     _show_readers(console, preparation)
+    if readers:
+        _section(console, "Recorded answers", [row for key in readers for row in cache_rows(recipe, key, readers[key], preparation)])
+    for key, member in members(recipe.teacher) if recipe.objective.asks_teacher else ():
+        if isinstance(member, ServerTeacherConfig):
+            _section(console, f"Server ({short(key)})", server_rows(member, preparation, findings.problems))
     _show_cost(console, recipe, preparation, cost)
     for note in findings.notes:
         console.print(Text(f"note: {printable(note)}", style="yellow"))
@@ -77,7 +87,7 @@ def check(recipe: Recipe, console: Console | None = None) -> int:
     return 2 if findings.problems else 0
 
 
-def examine(recipe: Recipe, findings: Findings) -> Preparation:
+def examine(recipe: Recipe, readers: Readers, findings: Findings) -> Preparation:
     """Tokenizers and data, with everything that a run would refuse collected instead of raised, as far as that goes."""
     student, teachers, comparison = read_models(recipe)
     findings.problems += comparison.refusals[:1]
@@ -87,7 +97,10 @@ def examine(recipe: Recipe, findings: Findings) -> Preparation:
     if data.shared_rows:
         shared = in_words(data.shared_rows, "validation row")
         findings.notes.append(f"{shared} also in the training set: the validation loss flatters")
-    return Preparation(student, teachers, comparison, data, ids)
+    preparation = Preparation(student, teachers, comparison, data, ids)
+    cached: dict[str, CachedTeacher] = {}
+    _collect(findings, lambda: cached.update(refuse_foreign_caches(recipe, readers, preparation)))
+    return replace(preparation, cached=cached)
 
 
 def _collect(findings: Findings, action) -> None:
@@ -183,6 +196,7 @@ def _outcomes(recipe: Recipe, size: int) -> str:
         "top_k_tail": f"the teacher's {parameters.get('top_k')} most likely tokens, and one for all others",
         "top_k_renormalised": f"the teacher's {parameters.get('top_k')} most likely tokens, renormalised",
         "samples": f"{parameters.get('num_samples')} tokens drawn from the teacher",
+        "projected": "the teacher's probabilities on the student's frozen head: the full vocabulary, exactly",
     }.get(recipe.objective.support, recipe.objective.support)
 
 

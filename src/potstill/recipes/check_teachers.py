@@ -1,12 +1,21 @@
 """What the look before a run says of the teacher, whatever its kind: where it lies, what it gives, what it takes."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
+from potstill.cache.store import CacheReader
+from potstill.errors import PotstillError
 from potstill.models.footprint import Footprint
 from potstill.recipes.fitting import members
+from potstill.recipes.preparation import Preparation
+from potstill.recipes.recorded import own_rows
 from potstill.recipes.schema import Recipe
-from potstill.recipes.words import in_words
-from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig
+from potstill.recipes.words import gib, in_words
+from potstill.teachers.cached import CachedTeacher
+from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
+
+# A look does not wait for a server that is away.
+_PATIENCE_SECONDS = 5.0
 
 
 def short(key: str) -> str:
@@ -48,3 +57,40 @@ def answer_words(recipe: Recipe) -> str:
     if isinstance(teacher, CacheTeacherConfig):
         return "what was recorded of it; no teacher is loaded"
     return f"its {teacher.top_k} most likely tokens at every target, over HTTP" if teacher is not None else "nothing"
+
+
+def cache_rows(recipe: Recipe, key: str, reader: CacheReader, preparation: Preparation) -> list[tuple[str, str]]:
+    """What a cache holds, what it takes, and how much of this run's text it covers."""
+    answers = sum(int(entries["rows"].sum()) for _, entries in reader.in_order())
+    size, form = sum(reader.segments.values()), reader.format
+    told = ("k", "num_samples", "temperature", "exact", "width")
+    details = {name: value for name, value in asdict(form).items() if value and name in told}
+    each = f", {size / answers:,.1f} bytes a token" if answers else ""
+    rows = [
+        (short(key), reader.name),
+        ("holds", f"{form.outcomes}: {', '.join(f'{name} {value}' for name, value in details.items())}"),
+        ("answers", f"{in_words(len(reader), 'sequence')}, {in_words(answers, 'target token')}, {gib(size)}{each}"),
+    ]
+    teacher = preparation.cached.get(key)
+    if isinstance(teacher, CachedTeacher):
+        rows.append(("covers", f"{in_words(sum(map(len, own_rows(recipe, key, preparation.data))), 'example')} of this run, all of them"))
+    rows += [("damaged", str(damage)) for damage in reader.damage[:3]]
+    return rows
+
+
+def server_rows(teacher: ServerTeacherConfig, preparation: Preparation, problems: list[str]) -> list[tuple[str, str]]:
+    """What a server says when it is asked; that it is not there, or serves something else, is a problem."""
+    from potstill.teachers.server import ServerTeacher
+
+    size, patient = preparation.comparison.vocabulary_size, min(_PATIENCE_SECONDS, teacher.max_outage_seconds)
+    try:
+        asked = ServerTeacher(
+            teacher.model_copy(update={"max_outage_seconds": patient}), vocabulary_size=size, tokenizer=preparation.student.tokenizer
+        )
+    except PotstillError as error:
+        problems.append(str(error))
+        return [("asked", "it could not be asked, or does not fit; see below")]
+    try:
+        return [("answers", f"{teacher.top_k} outcomes a target"), ("served", asked.identity["served model"])]
+    finally:
+        asked.close()

@@ -4,7 +4,7 @@ Both the run and the look before it start here, so that what `check` shows is wh
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from potstill.models.loading import load_tokenizer, local_folder, longest_contex
 from potstill.models.tokenizers import TokenizerComparison, compare_tokenizers
 from potstill.recipes.fitting import members
 from potstill.recipes.schema import Recipe
+from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
 
 
@@ -50,6 +51,8 @@ class Preparation:
     comparison: TokenizerComparison
     data: PreparedData
     end_of_text: tuple[int, ...]
+    cached: Mapping[str, CachedTeacher] = field(default_factory=dict)
+    """Those whose answers are recorded, by their keys too: they need no weights."""
 
     @property
     def pad_token(self) -> int:
@@ -123,8 +126,10 @@ def prepare_data(
 ) -> tuple[PreparedData, tuple[int, ...]]:
     """The examples of the run, and the ids at which the student stops."""
     ids = stop_ids(recipe.student, student.config)
+    teacher = recipe.teacher if recipe.objective.asks_teacher and isinstance(recipe.teacher, EnsembleTeacherConfig) else None
     data = prepare(
         recipe.data, student.tokenizer, seed=recipe.run.seed, end_of_text=ids, progress=False if quiet else None,
-        rejects_file=rejects_file, strict=strict,
+        rejects_file=rejects_file, strict=strict, route_column=teacher.column if teacher else None,
+        routes=tuple(teacher.teachers) if teacher else (),
     )
     return data, ids

@@ -1,35 +1,62 @@
 """From a teacher section to a teacher that answers: the one place that knows every kind of it. It knows no student and no objective."""
 
 import os
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
 from potstill.models.causal_lm import CausalLM
 from potstill.models.loading import load_model
 from potstill.models.proofs import prove_head, refuse_leaking_packing
-from potstill.recipes.fitting import Single
+from potstill.recipes.fitting import Single, members
 from potstill.recipes.preparation import Preparation
+from potstill.recipes.provenance import measured
 from potstill.recipes.schema import Recipe
-from potstill.teachers.config import LocalTeacherConfig
+from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, ServerTeacherConfig
+from potstill.teachers.ensemble import MixtureTeacher, RoutedTeacher
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.teacher import Teacher
 
 
 def make_teacher(recipe: Recipe, preparation: Preparation) -> Teacher:
-    """The teacher of a recipe. Raises ModelError and IncompatibleError naming it; nothing stays open where it raises."""
-    teacher = recipe.teacher
-    assert isinstance(teacher, LocalTeacherConfig)
-    return _single(recipe, preparation, teacher)
+    """The teacher of a recipe. Raises ModelError, TeacherError and IncompatibleError naming it; where it raises nothing stays open."""
+    section = recipe.teacher
+    with ExitStack() as opened:
+        made: dict[str, Teacher] = {}
+        for key, member in members(section):
+            teacher = made[key.removeprefix("teacher.teachers.")] = _single(recipe, preparation, key, member)
+            opened.callback(teacher.close)
+        if not isinstance(section, EnsembleTeacherConfig):
+            whole = made["teacher"]
+        elif section.column is not None:
+            whole = RoutedTeacher(made, pad_token=preparation.pad_token)
+        else:
+            whole = MixtureTeacher(made, section.weights)
+        opened.pop_all()
+    return whole
 
 
-def _single(recipe: Recipe, preparation: Preparation, teacher: Single) -> Teacher:
-    assert isinstance(teacher, LocalTeacherConfig)
+def _single(recipe: Recipe, preparation: Preparation, key: str, teacher: Single) -> Teacher:
+    size = preparation.comparison.vocabulary_size
+    if isinstance(teacher, CacheTeacherConfig):
+        return preparation.cached[key]
+    if isinstance(teacher, ServerTeacherConfig):
+        from potstill.teachers.server import ServerTeacher
+
+        return ServerTeacher(teacher, vocabulary_size=size, tokenizer=preparation.student.tokenizer)
     loaded = load_model(
         teacher, precision=recipe.training.precision, trainable=False, device=own_device(), seed=recipe.run.seed, sharded=teacher.sharded
     )
-    causal_lm = CausalLM(loaded, preparation.comparison.vocabulary_size)
+    causal_lm = CausalLM(loaded, size)
     prove(causal_lm, packed=recipe.data.packing)
     return LocalTeacher(causal_lm)
+
+
+def fingerprints_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """What must not change of the teacher under a run that is resumed. What a probe measured may drift as far as the recipe lets it."""
+    tolerances = [member.probe_tolerance for _, member in members(recipe.teacher) if isinstance(member, ServerTeacherConfig)]
+    return measured(teacher.identity, max(tolerances, default=0.0))
 
 
 def own_device() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from potstill import storage
+from potstill.cache.provenance import Provenance
 from potstill.errors import IncompatibleError, StorageError
 
 NUMBERS = "state.json"
@@ -141,9 +142,12 @@ def load_checkpoint(path: Path) -> CheckpointState:
 
 
 def refuse_other(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compares fingerprints (of data, tokenizer, teacher ...) with those of the run. Raises IncompatibleError naming what differs."""
+    """Compares fingerprints (of data, tokenizer, teacher ...) with those of the run. Raises IncompatibleError naming what differs.
+
+    Measured numbers, which a fingerprint marks by a tolerance, may differ by it.
+    """
     for name in sorted(recorded.keys() | now.keys()):
-        if recorded.get(name) != now.get(name):
+        if Provenance({name: recorded.get(name)}).differences(Provenance({name: now.get(name)})):
             raise IncompatibleError(
                 f"checkpoint: this run began with another {name} ({json.dumps(recorded.get(name))}, now {json.dumps(now.get(name))}); "
                 "restore it, or --fresh starts over"
