@@ -13,11 +13,11 @@ from potstill.cache.store import CacheReader, CacheWriter
 from potstill.data.collation import collate, empty_batch
 from potstill.data.examples import ExampleSetBuilder
 from potstill.errors import CacheError, IncompatibleError, StorageError
-from potstill.head import Head, LowRank
+from potstill.head import Head, LowRank, head_digest
 from potstill.models.causal_lm import CausalLM
 from potstill.objectives.distribution import DistributionMatching
-from potstill.signals import FullOutcomes, Needs, Offers, SampledOutcomes, TopKOutcomes
-from potstill.teachers.cached import CachedTeacher, head_from_bytes, head_to_bytes, most_likely, refuse_foreign
+from potstill.signals import FullOutcomes, Needs, Offers, ProjectedOutcomes, SampledOutcomes, TopKOutcomes
+from potstill.teachers.cached import HEAD_FIELD, CachedTeacher, head_from_bytes, head_to_bytes, most_likely, refuse_foreign
 from potstill.teachers.teacher import Teacher, require, require_answers
 from potstill.training.distiller import Distiller
 from recorded import PROVENANCE, VOCABULARY, example_set, local_teacher, record
@@ -30,7 +30,14 @@ FORMATS = {
     "top_k": RecordFormat("top_k", VOCABULARY, k=64, exact=True),
     "sampled": RecordFormat("sampled", VOCABULARY, num_samples=20),
     "both": RecordFormat("top_k_sampled", VOCABULARY, k=8, num_samples=20, exact=True),
+    "projected": RecordFormat("projected", VOCABULARY, width=16),
 }
+
+
+def a_student(frozen_head: bool = False) -> CausalLM:
+    student = CausalLM(tiny_llama(11, width=16, initializer_range=0.2), VOCABULARY)
+    student.inner.lm_head.requires_grad_(not frozen_head)
+    return student
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,9 @@ def cached(live, tmp_path_factory):
 
     def get(name) -> CachedTeacher:
         if name not in made:
-            made[name] = record(folder / name, live, EXAMPLES, FORMATS[name])
+            head = a_student(frozen_head=True).head()
+            more = {"project_on": head, HEAD_FIELD: head_digest(head, VOCABULARY)} if name == "projected" else {}
+            made[name] = record(folder / name, live, EXAMPLES, FORMATS[name], **more)
         return CachedTeacher(made[name], vocabulary_size=VOCABULARY)
 
     return get
@@ -65,15 +74,15 @@ CUTS = {
 }
 
 
-def learn(teacher: Teacher, windows: list[Batch], **objective) -> tuple[float, torch.Tensor]:
+def learn(teacher: Teacher, windows: list[Batch], frozen_head: bool = False, **objective) -> tuple[float, torch.Tensor]:
     """(loss, gradient) of one step, with the loss divided by the count of all its batches."""
-    student = CausalLM(tiny_llama(11, width=16, initializer_range=0.2), VOCABULARY)
+    student = a_student(frozen_head)
     distiller = Distiller(student, DistributionMatching(**{"kd_ratio": 0.7, "vocabulary_size": VOCABULARY, **objective}))
     require(teacher, distiller.objective.needs)
     totals = [distiller(batch, teacher.score(batch, distiller.objective.needs))[0] for batch in windows]
     total = torch.stack(totals).sum() / sum(batch.num_targets for batch in windows)
     total.backward()
-    return total.item(), torch.cat([p.grad.flatten() for p in student.parameters()])
+    return total.item(), torch.cat([p.grad.flatten() for p in student.parameters() if p.requires_grad])
 
 
 def close(one, other, tolerance=1e-5) -> bool:
@@ -96,6 +105,15 @@ def test_hidden_rows_are_the_live_teacher(live, cached, cut, divergence):
 def test_all_tokens_kept_are_the_live_teacher(live, cached, cut, divergence):
     expected = learn(live, PADDED, divergence=divergence)
     assert close(learn(cached("whole"), CUTS[cut], divergence=divergence, support="top_k_tail"), expected)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_projected_record_is_the_live_teacher_for_the_head_that_it_was_made_on(live, cached, cut):
+    expected = learn(live, PADDED, frozen_head=True)
+    found = learn(cached("projected"), CUTS[cut], frozen_head=True, support="projected")
+    assert close(found, expected)
+    with pytest.raises(IncompatibleError, match="this head learns"):
+        learn(cached("projected"), CUTS[cut], support="projected")
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -182,6 +200,7 @@ def test_of_equally_likely_tokens_the_smaller_ids_stay_wherever_they_stood():
         ("top_k", Offers(frozenset({"top_k"}), 64, 1.0)),
         ("sampled", Offers(frozenset({"sampled"}), None, 1.0)),
         ("both", Offers(frozenset({"top_k", "sampled"}), 8, 1.0)),
+        ("projected", Offers(frozenset({"projected"}), None, 1.0)),
     ],
 )
 def test_it_offers_what_was_recorded(cached, name, offers):
@@ -195,10 +214,12 @@ def test_it_offers_what_was_recorded(cached, name, offers):
 
 
 def test_a_rank_without_rows_gets_answers_without_rows(cached):
-    for name, needs in {"hidden": "full", "whole": "top_k", "top_k": "top_k", "sampled": "sampled", "both": "sampled"}.items():
+    for name, needs in {"hidden": "full", "whole": "top_k", "top_k": "top_k", "sampled": "sampled", "both": "sampled",
+                        "projected": "projected"}.items():  # fmt: skip
         outcomes = cached(name).score(empty_batch(pad_token=0), Needs(needs)).outcomes
         assert len(outcomes) == 0
-        assert isinstance(outcomes, {"full": FullOutcomes, "top_k": TopKOutcomes, "sampled": SampledOutcomes}[needs])
+        kinds = {"full": FullOutcomes, "top_k": TopKOutcomes, "sampled": SampledOutcomes, "projected": ProjectedOutcomes}
+        assert isinstance(outcomes, kinds[needs])
     assert cached("top_k").score(PADDED[0], Needs()).outcomes is None
 
 
