@@ -5,7 +5,7 @@ It reads indices and nothing else, unless an index is damaged: then its data fil
 
 import errno
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,11 +35,12 @@ _LISTINGS = 8
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with one object of a cache, and the keys of the records that are lost by it."""
+    """What is wrong with one object of a cache, and the keys of the records that are lost by it. A foreign one is no part of the cache."""
 
     name: str
     problem: str
     keys: tuple[bytes, ...] = ()
+    foreign: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {self.problem}"
@@ -93,11 +94,6 @@ class Catalogue:
         table = self._whole()
         return table.keys[table.firsts()]
 
-    def entries(self) -> np.ndarray:
-        """Where each of `keys()` lies."""
-        table = self._whole()
-        return table.entries[table.firsts()]
-
     def within(self, names: Iterable[SegmentName]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and entries of these segments, in the order in which they lie, each key once (the latest)."""
         table = self._whole()
@@ -106,6 +102,16 @@ class Catalogue:
         part = _Table(part.keys[part.firsts()], part.entries[part.firsts()])
         order = np.lexsort((part.entries["offset"], part.entries["segment"]))
         return part.keys[order], part.entries[order]
+
+    def by_segment(self, *, doubles: bool = False) -> Iterator[tuple[SegmentName, np.ndarray, np.ndarray]]:
+        """Segment by segment its keys and entries, as they lie. Without `doubles` a key stands in the latest of its segments alone."""
+        table = self._whole()
+        order = np.lexsort((table.entries["offset"], table.entries["segment"]))
+        if not doubles:
+            order = order[table.firsts()[order]]
+        for part in np.split(order, np.flatnonzero(np.diff(table.entries["segment"][order])) + 1):
+            if len(part) and (name := self.segments[table.entries["segment"][part[0]]]) is not None:
+                yield name, table.keys[part], table.entries[part]
 
     def superseded(self, names: Sequence[SegmentName]) -> list[SegmentName]:
         """Those of these segments whose records all stand in later ones of them, and of which nothing is damaged."""
@@ -130,10 +136,6 @@ class Catalogue:
             entries[here] = table.entries[at[here]]
             found |= here
         return entries, found
-
-    def name(self, entry: np.void) -> str:
-        """The data file of an entry."""
-        return f"{self.segments[entry['segment']]}{DATA}"
 
     def _fold(self, to: int | None = None) -> None:
         # Sizes at least double from one table to the one before it: few tables, and each record is moved a few times in all.
@@ -184,7 +186,7 @@ class Catalogue:
         except StorageError as error:
             index = self._rebuild(name, str(error), nothing, there=data in sizes)
         if index.cache != self.digest:
-            self.note(name, Damage(f"{name}{INDEX}", "belongs to a cache that was made from something else"))
+            self.note(name, Damage(f"{name}{INDEX}", "belongs to a cache that was made from something else", foreign=True))
             return nothing
         size = sizes.get(data)
         if size == index.size or not len(index.keys):
@@ -200,13 +202,14 @@ class Catalogue:
     def _rebuild(self, name: SegmentName, problem: str, nothing: Index, *, there: bool) -> Index:
         if there:
             try:
-                index = rebuild_index(self.place.read(f"{name}{DATA}"))
+                index, lost = rebuild_index(self.place.read(f"{name}{DATA}"))
             except StorageError as error:
                 if error.errno == errno.ENOENT:
                     raise
                 problem += f", and its data file: {error}"
             else:
-                self.note(name, Damage(f"{name}{INDEX}", f"{problem}; made anew from its data file, {len(index.keys)} records are whole"))
+                problem += f"; made anew from its data file, {len(lost)} of {len(index.keys) + len(lost)} records are lost"
+                self.note(name, Damage(f"{name}{INDEX}", problem, tuple(lost)))
                 return index
         else:
             problem += ", and its data file is missing"

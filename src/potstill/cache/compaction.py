@@ -8,6 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from potstill.cache.catalogue import Catalogue, Damage
 from potstill.cache.exchange import commit, fetch, retire
 from potstill.cache.segments import DATA, INDEX, SegmentName, key_list, segment_of
+from potstill.place import Place
+
+
+class Numbers:
+    """Gives the next name of a writer's segments. A number is never used again, not even after a failed put: on an object store that put
+    may still come true."""
+
+    def __init__(self, place: Place, writer: str):
+        self._writer = writer
+        names = [*place.sizes(), *place.unfinished().values()]
+        parts = [found[0] for name in names if (found := segment_of(name)) is not None]
+        self._last = max((part.number for part in parts if part.writer == writer), default=-1)
+
+    def __call__(self) -> SegmentName:
+        self._last += 1
+        return SegmentName(self._writer, self._last)
 
 
 def own_segments(catalogue: Catalogue, writer: str) -> list[SegmentName]:

@@ -90,7 +90,7 @@ def agree_on(place: Place, wanted: Description, extra_files: Mapping[str, bytes]
             place.put(name, data)
         place.put(DESCRIPTION, wanted.text().encode())
         found = read_description(place) or wanted  # on an object store another writer may have been quicker
-    refuse(place.name, wanted, found)
+    _refuse(place.name, wanted, found)
     return found
 
 
@@ -103,15 +103,17 @@ def _read_or_unfinished(place: Place) -> Description | None:
         return None  # nothing is committed yet: a store that does not put whole objects, and a writer that died in its first
 
 
-def refuse(where: str, wanted: Description, found: Description) -> None:
-    differences = wanted.provenance.differences(found.provenance)
-    names = {**wanted.files, **found.files}
-    differences += [
-        Difference(name, _stated(wanted.files.get(name)), _stated(found.files.get(name)))
-        for name in names if wanted.files.get(name) != found.files.get(name)
-    ]  # fmt: skip
-    if differences:
-        listed = "; ".join(str(difference) for difference in differences)
+def differences(here: Description, there: Description) -> list[Difference]:
+    """Where two caches were made from different things, extra files among them."""
+    found = here.provenance.differences(there.provenance)
+    names = [name for name in {**here.files, **there.files} if here.files.get(name) != there.files.get(name)]
+    return found + [Difference(name, _stated(here.files.get(name)), _stated(there.files.get(name))) for name in names]
+
+
+def _refuse(where: str, wanted: Description, found: Description) -> None:
+    differing = differences(wanted, found)
+    if differing:
+        listed = "; ".join(str(difference) for difference in differing)
         raise CacheError(
             f"{where}: its answers were made from something else: {listed}. Choose another path for these answers, or delete this cache"
         )

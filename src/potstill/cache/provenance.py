@@ -28,11 +28,15 @@ class Difference(NamedTuple):
     here: Any
     there: Any
 
+    def shown(self) -> tuple[str, str, str]:
+        """The field and both values in words."""
+        return self.field, shown(self.here), shown(self.there)
+
     def __str__(self) -> str:
-        return f"{self.field}: {_shown(self.here)} here, {_shown(self.there)} in the cache"
+        return "{}: {} here, {} in the cache".format(*self.shown())
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = value if isinstance(value, str) else to_json(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

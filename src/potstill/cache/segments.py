@@ -27,6 +27,7 @@ _INDEX_SCHEMA = pa.schema(
 )
 _METADATA = b"potstill"
 _CHECKSUM_BYTES = 8
+RECORD_OVERHEAD, SEGMENT_OVERHEAD = 36, 4096   # at most, beside the payloads
 
 # Where one record lies; `segment` is a number that the catalogue gives, 0 within one index.
 ENTRY = np.dtype([("segment", "<i4"), ("rows", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("xxh3", "<u8")])
@@ -176,16 +177,18 @@ def _check_bounds(index: Index) -> None:
         raise StorageError("it places a record outside its data file")
 
 
-def rebuild_index(data: bytes) -> Index:
-    """The index of a data file whose own is damaged; only the records whose checksums hold are in it."""
+def rebuild_index(data: bytes) -> tuple[Index, list[bytes]]:
+    """The index of a data file whose own is damaged, with the records whose checksums hold; and the keys of the others."""
     index = _locate(pa.py_buffer(data))
     view = memoryview(data)
+    keys = key_list(index.keys)
     whole = [
         checksum(key, int(entry["rows"]), view[entry["offset"] : entry["offset"] + entry["length"]]) == entry["xxh3"]
-        for key, entry in zip(key_list(index.keys), index.entries, strict=True)
+        for key, entry in zip(keys, index.entries, strict=True)
     ]
     kept = np.array(whole, bool)
-    return Index(index.keys[kept], index.entries[kept], index.size, index.frame, index.cache)
+    lost = [key for key, holds in zip(keys, whole, strict=True) if not holds]
+    return Index(index.keys[kept], index.entries[kept], index.size, index.frame, index.cache), lost
 
 
 def key_list(keys: np.ndarray) -> list[bytes]:

@@ -4,24 +4,23 @@ A commit is the data file, then its index; nothing is read that has no index. Wh
 """
 
 import errno
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 
 from potstill.cache.catalogue import Catalogue, Damage
 from potstill.cache.codec import Codec, make_codec
-from potstill.cache.compaction import compact, sweep
+from potstill.cache.compaction import Numbers, compact, sweep
 from potstill.cache.description import Description, agree_on, describe, read_description, read_file
 from potstill.cache.exchange import commit, fetch
+from potstill.cache.locks import creation_lock, writer_lock
 from potstill.cache.provenance import Provenance
 from potstill.cache.records import Record, RecordFormat
-from potstill.cache.segments import DATA, KEY_BYTES, WRITER, SegmentName, key_array, key_list, segment_of
-from potstill.errors import CacheError, RunFolderError, StorageError
-from potstill.place import Place, place_at
+from potstill.cache.segments import DATA, KEY_BYTES, RECORD_OVERHEAD, SEGMENT_OVERHEAD, WRITER, key_array, key_list, segment_of
+from potstill.errors import CacheError, StorageError
+from potstill.place import place_at
 
-_CREATION_SECONDS = 60.0  # the ranks of one capture start together, and each waits for those before it
 _LOOKS = 3
 
 
@@ -33,62 +32,59 @@ class CacheReader:
     """
 
     def __init__(self, path: str):
-        self._place = place_at(path)
-        description = read_description(self._place)
+        self.place = place_at(path)
+        description = read_description(self.place)
         if description is None:
-            raise CacheError(f"{self._place.name}: no cache of answers lies here (no cache.json); was it captured under another path?")
-        self._description: Description = description
-        self._catalogue = Catalogue(self._place, description.digest)
-        self._unseen = set(self._catalogue.facts)
+            raise CacheError(f"{self.place.name}: no cache of answers lies here (no cache.json); was it captured under another path?")
+        self.description: Description = description
+        self.catalogue = Catalogue(self.place, description.digest)
+        self.unseen = set(self.catalogue.facts)
         self._codec: Codec | None = None
 
     @property
     def name(self) -> str:
         """Where it lies, for messages."""
-        return self._place.name
+        return self.place.name
 
     @property
     def provenance(self) -> Provenance:
-        return self._description.provenance
+        return self.description.provenance
 
     @property
     def format(self) -> RecordFormat:
-        return self._description.format
+        return self.description.format
 
     @property
     def identity(self) -> str:
-        return self._description.provenance.digest
+        return self.description.provenance.digest
 
     @property
     def damage(self) -> list[Damage]:
         """What was found damaged so far: at opening, and in the segments that were read."""
-        return list(self._catalogue.damage.values())
+        return list(self.catalogue.damage.values())
 
     @property
     def segments(self) -> dict[str, int]:
         """The committed data files and their bytes."""
-        return {f"{name}{DATA}": facts.size for name, facts in self._catalogue.facts.items()}
+        return {f"{name}{DATA}": facts.size for name, facts in self.catalogue.facts.items()}
 
     def __len__(self) -> int:
-        return len(self._catalogue)
+        return len(self.catalogue)
 
     def __contains__(self, key: bytes) -> bool:
         return bool(self.holds([key])[0])
 
     def holds(self, keys: Sequence[bytes]) -> np.ndarray:
         """For each key whether its answer is committed."""
-        return self._catalogue.find(keys)[1]
+        return self.catalogue.find(keys)[1]
 
     def keys(self) -> Iterator[bytes]:
-        return iter(key_list(self._catalogue.keys()))
+        return iter(key_list(self.catalogue.keys()))
 
     def in_order(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
         """All keys and their entries, segment by segment, as they lie: the cheapest order to read them in."""
-        keys, entries = self._catalogue.keys(), self._catalogue.entries()
-        order = np.lexsort((entries["offset"], entries["segment"]))
-        for part in np.split(order, np.flatnonzero(np.diff(entries["segment"][order])) + 1):
-            if len(part):
-                yield key_list(keys[part]), entries[part]
+        for _, keys, entries in self.catalogue.by_segment():
+            yield key_list(keys), entries
 
     def rows(self, key: bytes) -> int:
         """Rows of one answer. Raises CacheError where it is not committed."""
@@ -96,9 +92,9 @@ class CacheReader:
 
     def refresh(self) -> int:
         """Sees what was committed since; returns how many answers there are."""
-        known = set(self._catalogue.facts)
-        count = self._catalogue.refresh()
-        self._unseen |= self._catalogue.facts.keys() - known
+        known = set(self.catalogue.facts)
+        count = self.catalogue.refresh()
+        self.unseen |= self.catalogue.facts.keys() - known
         return count
 
     def read(self, keys: Sequence[bytes]) -> Record:
@@ -121,16 +117,7 @@ class CacheReader:
 
     def payloads(self, keys: Sequence[bytes]) -> tuple[list[bytes], np.ndarray]:
         """The coded answers and their entries, in the order of `keys`; as `read`, but not decoded."""
-        wanted = key_array(keys)
-        for looks in range(1, _LOOKS + 1):
-            entries = self._find(keys)
-            try:
-                found = fetch(self._catalogue, wanted, entries, self._unseen)
-                break
-            except StorageError as error:
-                if error.errno != errno.ENOENT or looks == _LOOKS:
-                    raise
-                self.refresh()  # a writer put segments together meanwhile
+        found, entries = self.whole_payloads(keys)
         broken = [key for key, payload in zip(keys, found, strict=True) if payload is None]
         if broken:
             others = f" (and {len(broken) - 1} more that were asked for)" if len(broken) > 1 else ""
@@ -138,16 +125,25 @@ class CacheReader:
             raise StorageError(f"{self._where(broken[0])}: does not read back as it was written{others}; {remedy}")
         return [payload for payload in found if payload is not None], entries
 
-    def checked(self, keys: Sequence[bytes]) -> np.ndarray:
-        """For each key whether its answer reads back as it was written."""
-        return np.array([payload is not None for payload in fetch(self._catalogue, key_array(keys), self._find(keys), self._unseen)], bool)
+    def whole_payloads(self, keys: Sequence[bytes]) -> tuple[list[bytes | None], np.ndarray]:
+        """As `payloads`, with None for an answer that does not read back as it was written."""
+        wanted = key_array(keys)
+        for looks in range(1, _LOOKS + 1):
+            entries = self._find(keys)
+            try:
+                return fetch(self.catalogue, wanted, entries, self.unseen), entries
+            except StorageError as error:
+                if error.errno != errno.ENOENT or looks == _LOOKS:
+                    raise
+                self.refresh()  # a writer put segments together meanwhile
+        raise AssertionError("the last look returns or raises")
 
     def file(self, name: str) -> bytes:
         """An extra file of the cache, compared with its checksum."""
-        return read_file(self._place, self._description, name)
+        return read_file(self.place, self.description, name)
 
     def _find(self, keys: Sequence[bytes]) -> np.ndarray:
-        entries, found = self._catalogue.find(keys)
+        entries, found = self.catalogue.find(keys)
         if not found.all():
             missing = [key for key, here in zip(keys, found, strict=True) if not here]
             raise CacheError(
@@ -157,8 +153,8 @@ class CacheReader:
         return entries
 
     def _where(self, key: bytes) -> str:
-        entry = self._catalogue.find([key])[0][0]
-        return f"{self.name}/{self._catalogue.segments[entry['segment']]}{DATA}: the answer {key.hex()}"
+        entry = self.catalogue.find([key])[0][0]
+        return f"{self.name}/{self.catalogue.segments[entry['segment']]}{DATA}: the answer {key.hex()}"
 
 
 class CacheWriter:
@@ -180,13 +176,13 @@ class CacheWriter:
         self._buffered = 0
         self._place.prepare()
         with ExitStack() as stack:
-            stack.enter_context(_writer_lock(self._place, writer))
+            stack.enter_context(writer_lock(self._place, writer))
             extra_files = extra_files or {}
-            with _creation_lock(self._place):
+            with creation_lock(self._place):
                 self._place.delete([name for name, final in self._place.unfinished().items() if segment_of(final) is None])
                 found = agree_on(self._place, describe(provenance, format, extra_files), extra_files)
             self._catalogue = Catalogue(self._place, found.digest)
-            self._number = self._last_number()
+            self._next_name = Numbers(self._place, writer)
             self.swept = sweep(self._catalogue, writer)
             self._locks = stack.pop_all()
 
@@ -202,6 +198,11 @@ class CacheWriter:
             self.close()
         else:
             self._locks.close()
+
+    @property
+    def name(self) -> str:
+        """Where it lies, for messages."""
+        return self._place.name
 
     @property
     def damage(self) -> list[Damage]:
@@ -250,55 +251,10 @@ class CacheWriter:
             self._locks.close()
 
     def _next_part(self) -> list[tuple[bytes, int, bytes]]:
-        part, size = [], 0
+        part, size = [], SEGMENT_OVERHEAD
         for key, (rows, payload) in self._buffer.items():
-            if part and size + len(payload) > self._shard_bytes:
+            size += len(payload) + RECORD_OVERHEAD
+            if part and size > self._shard_bytes:
                 break
             part.append((key, rows, payload))
-            size += len(payload)
         return part
-
-    def _last_number(self) -> int:
-        names = [*self._place.sizes(), *self._place.unfinished().values()]
-        parts = [found[0] for name in names if (found := segment_of(name)) is not None]
-        return max((part.number for part in parts if part.writer == self._writer), default=-1)
-
-    def _next_name(self) -> SegmentName:
-        # A number is never used again, not even after a failed put: on an object store that put may still come true.
-        self._number += 1
-        return SegmentName(self._writer, self._number)
-
-
-@contextmanager
-def _as_cache_error() -> Iterator[None]:
-    try:
-        yield
-    except RunFolderError as error:
-        raise CacheError(str(error)) from error
-
-
-def _writer_lock(place: Place, writer: str) -> AbstractContextManager:
-    with _as_cache_error():
-        return _entered(place.lock(f".lock-{writer}", held=f"another writer {writer} is at work here", remedy="or stop it"))
-
-
-@contextmanager
-def _creation_lock(place: Place) -> Iterator[None]:
-    deadline = time.monotonic() + _CREATION_SECONDS
-    while True:
-        try:
-            held = place.lock(".lock-creation", held="another writer is making this cache", remedy="or stop it")
-            entered = _entered(held)
-            break
-        except RunFolderError as error:
-            if time.monotonic() > deadline:
-                raise CacheError(str(error)) from error
-            time.sleep(0.02)
-    with entered:
-        yield
-
-
-def _entered(lock: AbstractContextManager) -> ExitStack:
-    stack = ExitStack()
-    stack.enter_context(lock)
-    return stack
