@@ -38,7 +38,7 @@ class Asker:
         tokenizer: PreTrainedTokenizerBase | None, name: str, quarantine: Path | None,
     ):  # fmt: skip
         self._config, self._endpoint, self._backend, self._name = config, endpoint, backend, name
-        self._pool = Pool(config, name)
+        self._pool = Pool(config, name, self._read_models)
         self._tokenizer = tokenizer
         self._vocabulary_size = self._widest = vocabulary_size
         self._quarantine, self._quarantined = quarantine, itertools.count(1)
@@ -56,6 +56,7 @@ class Asker:
         await self._pool.ask(self._read_models)
         self._probe = probe_tokens(self._tokenizer, self._vocabulary_size, self.max_model_len)
         self.digest = digest(self._probe, self._tokenizer)
+        self._pool.another = lambda seconds: self._exchange([self._probe], seconds)
         self.fingerprint = await self._score_probe()
         if self._config.tokenizer is None and self._tokenizer is not None:
             refuse_other_texts(self.fingerprint.texts, self._tokenizer, self._name)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.2
-_FAREWELL_SECONDS = 2.0
+_FAREWELL_SECONDS = 5.0
 
 
 class Loop:
@@ -36,17 +36,26 @@ class Loop:
             future.cancel()
 
     def close(self, farewell: Coroutine[Any, Any, None]) -> None:
-        """Runs `farewell` for a moment at most and ends the thread. A second time it does nothing."""
+        """Ends what is under way, runs `farewell`, both for a moment at most, and ends the thread. A second time it does nothing."""
         if not self._thread.is_alive():
             farewell.close()
             return
-        future = asyncio.run_coroutine_threadsafe(farewell, self._loop)
+        future = asyncio.run_coroutine_threadsafe(_leave(farewell), self._loop)
         with suppress(Exception):
             future.result(_FAREWELL_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_FAREWELL_SECONDS)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+async def _leave(farewell: Coroutine[Any, Any, None]) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await farewell
+    await asyncio.sleep(0.01)  # a transport that was told to close does so in one of the next turns
 
 
 async def together(awaited: Sequence[Awaitable[T]]) -> list[T]:

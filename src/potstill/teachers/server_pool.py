@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from potstill.errors import OutageError, TeacherError
@@ -21,13 +22,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 _LONGEST_BUSY_PAUSE = 10.0
 _LAST_TRY = 1.0        # seconds of the try that ends an outage, or patience
 # A request that fails so often while others are answered is itself what is wrong; so is an answer that is never believable.
-_OWN_FAILURES = 5
+_OWN_FAILURES = 10
 _BAD_ANSWERS = 4
+# From so many failures of one request on, something else is asked to tell the two cases apart, for so many seconds.
+_FAILURES_TO_LOOK, _LOOK_SECONDS = 3, 10.0
 
 
-def pause(failures: int, longest: float = _LONGEST_PAUSE) -> float:
+def pause(failures: int) -> float:
     """Exponential, and anywhere in its upper half, so that many clients do not come back in step."""
-    return min(longest, _FIRST_PAUSE * 2 ** min(failures, 30)) * random.uniform(0.5, 1.0)
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 30)) * random.uniform(0.5, 1.0)
 
 
 class Gate:
@@ -36,24 +39,26 @@ class Gate:
     def __init__(self, most: int):
         self.most, self.allowed, self.under_way = most, float(most), 0
         self._opens = 0.0
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
 
     async def enter(self) -> None:
-        async with self._changed:
-            while True:
-                closed = self._opens - time.monotonic()
-                if closed <= 0 and self.under_way < int(self.allowed):
-                    break
-                try:
-                    await asyncio.wait_for(self._changed.wait(), timeout=closed if closed > 0 else None)
-                except TimeoutError:
-                    continue
-            self.under_way += 1
+        while True:
+            closed = self._opens - time.monotonic()
+            if closed > 0:
+                await asyncio.sleep(closed)
+            elif self.under_way >= int(self.allowed):
+                self._waiting.append(asyncio.get_running_loop().create_future())
+                await self._waiting[-1]
+            else:
+                self.under_way += 1
+                return
 
-    async def leave(self) -> None:
-        async with self._changed:
-            self.under_way -= 1
-            self._changed.notify_all()
+    def leave(self) -> None:
+        self.under_way -= 1
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._waiting.clear()
 
     def shrink(self, wait: float) -> None:
         now = time.monotonic()
@@ -68,8 +73,9 @@ class Gate:
 class Pool:
     """Asks one server on one event loop."""
 
-    def __init__(self, config: ServerTeacherConfig, name: str):
-        self._config, self._name = config, name
+    def __init__(self, config: ServerTeacherConfig, name: str, another: Callable[[float], Awaitable[object]]):
+        """`another(seconds)` asks for something that a server in order answers."""
+        self._config, self._name, self.another = config, name, another
         self._gate = Gate(config.concurrency)
         self._down_since: float | None = None
         self._answered = 0
@@ -85,7 +91,7 @@ class Pool:
                 result = await attempt(min(self._config.request_seconds, max(self._left(), _LAST_TRY)))
             except Busy as error:
                 self._failed(began, error)
-                self._gate.shrink(min(pause(busy, _LONGEST_BUSY_PAUSE), self._left()) if error.wait is None else error.wait)
+                self._gate.shrink(min(pause(busy), _LONGEST_BUSY_PAUSE, self._left()) if error.wait is None else error.wait)
                 busy += 1
                 continue
             except Unanswered as error:
@@ -97,6 +103,8 @@ class Pool:
                 self._failed(began, error)
                 wait = pause(failures) if error.wait is None else error.wait
                 failures += 1
+                if failures >= _FAILURES_TO_LOOK and self._answered == answered:
+                    await self._look()
             except Unbelievable as error:
                 bad += 1
                 if bad >= _BAD_ANSWERS:
@@ -107,8 +115,14 @@ class Pool:
                 self._succeeded()
                 return result
             finally:
-                await self._gate.leave()
+                self._gate.leave()
             await asyncio.sleep(min(wait, self._left()))
+
+    async def _look(self) -> None:
+        """Asks for something else, once: where that is answered the server is there."""
+        with suppress(Unanswered, Unbelievable):
+            await self.another(min(self._config.request_seconds, _LOOK_SECONDS, max(self._left(), _LAST_TRY)))
+            self._succeeded()
 
     def _left(self) -> float:
         """Seconds until patience ends."""
