@@ -8,6 +8,7 @@ import pytest
 from potstill.errors import ConfigError
 from potstill.models.config import LoraConfig
 from potstill.objectives import catalogue
+from potstill.recipe_changes import recipe_changes
 from potstill.recipes.mistakes import _models
 from potstill.recipes.read import library, read_recipe, recipe_from_values
 from potstill.recipes.schema import PARAMETER_KEYS, ObjectiveConfig, Recipe
@@ -294,6 +295,12 @@ def test_nothing_is_ever_expanded(tmp_path, monkeypatch):
         ({"teacher": {"path": "t"}, "objective": {"divergence": "jsdd"}}, "jsd"),
         ({"objective": {"divergence": "cross_entropy", "temperature": 2.0}}, "objective.temperature"),
         ({"teacher": {"path": "t"}, "objective": {"kd_ratio": 1.5}}, "objective.kd_ratio: must be at most 1"),
+        ({"teacher": {"path": "t"}, "objective": {"kd_ratio": 0.5, "kd_weight": 1, "sft_weight": 1}}, "leave out kd_ratio, or both"),
+        ({"teacher": {"path": "t"}, "objective": {"kd_weight": 1}}, "objective.kd_weight: is set and sft_weight is not; set both"),
+        ({"teacher": {"path": "t"}, "objective": {"kd_weight": 0, "sft_weight": 0}}, "nothing would be learned"),
+        ({"teacher": {"path": "t"}, "objective": {"kd_weight": -1, "sft_weight": 1}}, "objective.kd_weight: must be at least 0"),
+        ({"objective": {"divergence": "cross_entropy", "kd_weight": 1, "sft_weight": 1}}, "kd_weight: cross_entropy asks no teacher"),
+        ({"teacher": {"path": "t"}, "objective": {"support": "top_k_renormalised", "top_k": 1}}, "nothing would be learned"),
         ({"training": {"steps": 1, "epochs": 1}}, "exactly one of epochs and steps; found both; take one away, as in training.epochs=null"),
         ({"training": {}}, "exactly one of epochs and steps"),
         ({"training": {"steps": 1, "early_stopping": {"patience": 2}}}, "data.validation"),
@@ -314,6 +321,19 @@ def test_without_an_objective_a_teacher_decides():
     assert recipe_from_values(MINIMAL | {"objective": None, "teacher": None}).objective.divergence == "cross_entropy"
 
 
+def test_two_weights_stand_in_place_of_the_ratio_and_outlive_their_record():
+    recipe = recipe_from_values(WITH_TEACHER | {"objective": {"kd_weight": 1.5, "sft_weight": 0.2}})
+    assert (recipe.objective.kd_ratio, recipe.objective.weights) == (None, (1.5, 0.2))
+    recorded = recipe.resolved()
+    assert recipe_from_values(recorded).objective == recipe.objective
+    of_ratio = recipe_from_values(WITH_TEACHER | {"objective": {"kd_ratio": 0.25}})
+    assert of_ratio.objective.weights == (0.25, 0.75)
+    assert recipe_from_values(of_ratio.resolved()).objective == of_ratio.objective
+    changed = {change.key: change.allowed for change in recipe_changes(of_ratio.resolved(), recorded)}
+    assert changed == dict.fromkeys(("objective.kd_ratio", "objective.kd_weight", "objective.sft_weight"))
+    assert not recipe_from_values(WITH_TEACHER | {"objective": {"kd_weight": 0, "sft_weight": 2}}).objective.asks_teacher
+
+
 @pytest.mark.parametrize("divergence", [name for name in catalogue.PARAMETERS if name != "cross_entropy"])
 def test_every_divergence_can_be_said_with_every_parameter_it_takes(divergence):
     given = dict(catalogue.PARAMETERS[divergence])
@@ -326,7 +346,10 @@ def test_every_divergence_can_be_said_with_every_parameter_it_takes(divergence):
 def test_the_objective_has_a_key_for_every_parameter_of_the_catalogue():
     tables = (catalogue.PARAMETERS, catalogue.SUPPORTS, catalogue.TOKEN_WEIGHTS)
     named = {name for table in tables for parameters in table.values() for name in parameters}
-    own = {"divergence", "kd_ratio", "temperature", "scale_by_temperature_squared", "support", "token_weight", "reduction"}
+    own = {
+        "divergence", "kd_ratio", "kd_weight", "sft_weight", "temperature", "scale_by_temperature_squared", "support", "token_weight",
+        "reduction",
+    }  # fmt: skip
     assert set(PARAMETER_KEYS) == named
     assert set(ObjectiveConfig.model_fields) == named | own
 

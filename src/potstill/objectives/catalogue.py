@@ -158,7 +158,7 @@ def loss_weights(kd_ratio: float | None, kd_weight: float | None, sft_weight: fl
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"objective.{name} is a finite number of at least 0; found {weight}")
     if kd_weight == sft_weight == 0:
-        raise ConfigError("objective.kd_weight and sft_weight are both 0, so nothing would be learned; set one of them above 0")
+        raise ConfigError("objective.kd_weight is 0 and so is sft_weight: nothing would be learned; set one of them above 0")
     return float(kd_weight), float(sft_weight)
 
 

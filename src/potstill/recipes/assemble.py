@@ -57,7 +57,7 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
         if first:
             _say_finished(folder, again=True)
         return folder.path
-    ranks = _join()
+    ranks = join_ranks()
     quiet = quiet or not first
     _show_library_bars(not quiet and sys.stderr.isatty())
     with TemporaryDirectory() as scratch:
@@ -67,9 +67,9 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
     folder = opened or RunFolder.open(recipe.run.folder, recipe.resolved(), writer=False)
     with folder:
         for note in (*folder.notes, *(taken if first else ())):
-            _say(note)
+            say(note)
         if rejected:
-            _say(f"{in_words(rejected.count(chr(10)), 'bad row')} left out; {folder.write_text(REJECTED, rejected)} says which and why")
+            say(f"{in_words(rejected.count(chr(10)), 'bad row')} left out; {folder.write_text(REJECTED, rejected)} says which and why")
         is_new = folder.status == "new"
         try:
             distiller, teacher = _on_every(ranks, lambda: load_parts(recipe, preparation))
@@ -93,7 +93,7 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
     return folder.path
 
 
-def _join() -> Ranks:
+def join_ranks() -> Ranks:
     """The process group of a launch, made here because the first rank speaks to the others before anything is loaded."""
     stay_on_this_machine()
     if launched_ranks()[1] > 1:
@@ -139,12 +139,12 @@ def prepare_run(recipe: Recipe, readers: Readers, *, quiet: bool, rejects_file: 
 
 def make_objective(recipe: Recipe, vocabulary_size: int, *, num_steps: int = 0) -> DistributionMatching | Likelihood:
     """The objective that the recipe names, cropped to the tokens that both sides know."""
-    objective = recipe.objective
+    objective, (kd_weight, sft_weight) = recipe.objective, recipe.objective.weights
     execution = Execution(compile=_compiles(recipe.training.compile, num_steps))
     if not objective.asks_teacher:
-        return Likelihood(reduction=objective.reduction, vocabulary_size=vocabulary_size, execution=execution)
+        return Likelihood(reduction=objective.reduction, vocabulary_size=vocabulary_size, execution=execution, sft_weight=sft_weight)
     return DistributionMatching(
-        divergence=objective.divergence, parameters=objective.given_parameters, kd_ratio=objective.kd_ratio,
+        divergence=objective.divergence, parameters=objective.given_parameters, kd_weight=kd_weight, sft_weight=sft_weight,
         temperature=objective.temperature, scale_by_temperature_squared=objective.scale_by_temperature_squared,
         support=objective.support, token_weight=objective.token_weight, reduction=objective.reduction,
         vocabulary_size=vocabulary_size, execution=execution,
@@ -202,7 +202,7 @@ def _forget(folder: RunFolder) -> None:
 # ---------------------------------------------------------------- what the user is told
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     sys.stderr.write(printable(text) + "\n")
 
 
@@ -210,7 +210,7 @@ def _say_start(recipe: Recipe, preparation: Preparation, distiller: Distiller, f
     total, trainable = count_parameters(distiller.student)
     data = preparation.data
     verb = "resuming" if folder.status == "interrupted" else "training"
-    _say(f"{verb} {recipe.student.path}: {trainable:,} of {in_words(total, 'parameter')}, on {in_words(len(data.train), 'example')} "
+    say(f"{verb} {recipe.student.path}: {trainable:,} of {in_words(total, 'parameter')}, on {in_words(len(data.train), 'example')} "
          f"({in_words(data.train.num_targets, 'target token')}); everything goes to {folder.path}")  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def _show_pipeline(console: Console, recipe: Recipe, preparation: Preparation, c
         ("who writes the text", f"the data set: {', '.join(item.path for item in recipe.data.sources)} ({recipe.data.format})"),
     ]
     if teacher is None or not objective.asks_teacher:
-        why = "nothing: there is none" if teacher is None else "nothing: kd_ratio is 0, so it is not loaded"
+        why = "nothing: there is none" if teacher is None else "nothing: the divergence weighs 0, so it is not loaded"
         rows += [("the teacher answers", why), ("loss", f"cross-entropy of the targets over {size:,} tokens, {objective.reduction}")]
     else:
         rows[1:1] = teacher_rows(recipe, cost.teachers)
@@ -201,13 +201,13 @@ def _outcomes(recipe: Recipe, size: int) -> str:
 
 
 def _distance(recipe: Recipe) -> str:
-    objective = recipe.objective
+    objective, (kd_weight, sft_weight) = recipe.objective, recipe.objective.weights
     parameters = ", ".join(f"{name} {value}" for name, value in objective.parameters.items())
     squared = scales_by_temperature_squared(
-        objective.scale_by_temperature_squared, objective.divergence, 1 - objective.kd_ratio, objective.temperature
+        objective.scale_by_temperature_squared, objective.divergence, sft_weight, objective.temperature
     )
-    said = f"{objective.kd_ratio:g} x {objective.divergence}" + (f" ({parameters})" if parameters else "")
-    said += f" + {1 - objective.kd_ratio:g} x cross-entropy; temperature {objective.temperature:g}"
+    said = f"{kd_weight:g} x {objective.divergence}" + (f" ({parameters})" if parameters else "")
+    said += f" + {sft_weight:g} x cross-entropy; temperature {objective.temperature:g}"
     said += ", times its square" if squared and objective.temperature != 1 else ""
     said += f"; weighed by {objective.token_weight}" if objective.token_weight != "none" else ""
     return f"{said}; {objective.reduction}"

@@ -25,8 +25,12 @@ class ObjectiveConfig(Config):
 
     divergence: str = "forward_kl"
     """The distance; `cross_entropy` learns from the text alone and needs no teacher."""
-    kd_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The share of the divergence; cross-entropy has the rest."""
+    kd_ratio: Annotated[float | None, Field(ge=0, le=1)] = catalogue.KD_RATIO
+    """The share of the divergence; cross-entropy has the rest. Null where the two weights below stand in its place."""
+    kd_weight: Annotated[float | None, Field(ge=0)] = None
+    """The weight of the divergence, in place of kd_ratio and together with sft_weight."""
+    sft_weight: Annotated[float | None, Field(ge=0)] = None
+    """The weight of the cross-entropy, in place of kd_ratio and together with kd_weight."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits of both sides in the divergence, never in the cross-entropy."""
     scale_by_temperature_squared: bool | None = None
@@ -62,8 +66,15 @@ class ObjectiveConfig(Config):
     share: float | None = None
     """top_share: the share of each response's positions that is kept, the largest divergence first."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_stand_in_place_of_the_ratio(cls, given: Any) -> Any:
+        named = isinstance(given, dict) and any(given.get(name) is not None for name in ("kd_weight", "sft_weight"))
+        return {"kd_ratio": None, **given} if named else given
+
     @model_validator(mode="after")
     def _choice_has_a_meaning(self):
+        catalogue.loss_weights(self.kd_ratio, self.kd_weight, self.sft_weight)
         catalogue.check_choice(self.divergence, self.support, self.token_weight, self.given_parameters, self.temperature)
         if self.divergence == "cross_entropy":
             fields = type(self).model_fields
@@ -84,12 +95,19 @@ class ObjectiveConfig(Config):
         return {name: value for part in parts for name, value in part.items()}
 
     @property
+    def weights(self) -> tuple[float, float]:
+        """(kd_weight, sft_weight), whichever way the recipe says them; cross-entropy alone counts once."""
+        if self.divergence == "cross_entropy":
+            return 0.0, 1.0
+        return catalogue.loss_weights(self.kd_ratio, self.kd_weight, self.sft_weight)
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether the loss depends on a teacher at all."""
-        return self.divergence != "cross_entropy" and self.kd_ratio > 0
+        return self.weights[0] > 0
 
 
-_OF_A_TEACHER = ("temperature", "scale_by_temperature_squared", "support", "token_weight")
+_OF_A_TEACHER = ("kd_weight", "sft_weight", "temperature", "scale_by_temperature_squared", "support", "token_weight")
 PARAMETER_KEYS = tuple(
     name for name in ObjectiveConfig.model_fields
     if any(name in table[choice] for table in (catalogue.PARAMETERS, catalogue.SUPPORTS, catalogue.TOKEN_WEIGHTS) for choice in table)
