@@ -64,13 +64,14 @@ def nf4(weight: Tensor, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
     levels = nf4_levels()
     nearest = np.abs(blocks[:, :, None] / np.maximum(largest, 1e-300)[:, :, None] - levels).argmin(-1)
     kept, scales = levels[nearest] * largest, np.broadcast_to(largest, blocks.shape)
-    return (part.reshape(-1)[: len(flat)].reshape(weight.shape) for part in (kept, scales))  # type: ignore[return-value]
+    kept, scales = (part.reshape(-1)[: len(flat)].reshape(weight.shape) for part in (kept, scales))
+    return kept, scales
 
 
 def int8(weight: Tensor) -> np.ndarray:
-    """What LLM.int8 keeps of a weight: rows of integers up to 127 with one scale each."""
-    values = weight.detach().double().numpy()
-    scale = np.abs(values).max(1, keepdims=True) / 127
+    """What LLM.int8 keeps of a weight, which it takes in float16: rows of integers up to 127 with one scale each."""
+    values = weight.detach().half().double().numpy()
+    scale = np.maximum(np.abs(values).max(1, keepdims=True), 1e-300) / 127
     return np.rint(values / scale) * scale
 
 

@@ -28,14 +28,13 @@ def _without_noise() -> Iterator[None]:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a LoRA can sit on it."""
-    return isinstance(layer, nn.Linear | Conv1D)
+    """Whether a LoRA can sit on it: linear layers, and those that gptqmodel has put in their place for AWQ and GPTQ."""
+    return isinstance(layer, nn.Linear | Conv1D) or hasattr(layer, "qweight")
 
 
 def linear_width(layer: nn.Module) -> tuple[int, int]:
     """What goes in and what comes out of a linear layer, per token."""
-    assert isinstance(layer, nn.Linear | Conv1D)
-    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)  # type: ignore[return-value]
 
 
 def linear_layers(model: nn.Module) -> list[str]:

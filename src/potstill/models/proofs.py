@@ -18,6 +18,9 @@ from potstill.models.causal_lm import CausalLM
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # How far a document's states may typically move when another one changes: not at all, but experts are then multiplied in other shapes.
 _UNTOUCHED = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+# LLM.int8 keeps columns apart that hold a large value in any row of the batch, so it rounds a document by what stands beside it, to a
+# few thousandths; a document that is really seen moves another by a tenth and more.
+_ROUNDED_TOGETHER = 2e-2
 # Logits of this size show a soft-cap that small logits would hide.
 _LOUD = 60.0
 
@@ -129,8 +132,11 @@ def supports_packing(causal_lm: CausalLM) -> bool:
     with _quietly(causal_lm):
         beside_one, beside_another = packed(2), packed(3)
         alone = causal_lm.hidden(_batch(follower, positions[:1, first:], torch.zeros_like(follower)))
+        moved = typical_distance(beside_another, beside_one)
+        if any(type(parameter).__name__ == "Int8Params" for parameter in causal_lm.parameters()):
+            return max(moved, typical_distance(beside_one, alone.expand_as(beside_one))) <= _ROUNDED_TOGETHER
         # What stands before must not matter at all; alone may differ by rounding, since the kernels see other shapes.
-        untouched = typical_distance(beside_another, beside_one) <= _UNTOUCHED[beside_one.dtype]
+        untouched = moved <= _UNTOUCHED[beside_one.dtype]
         return untouched and _equal(beside_one, alone.expand_as(beside_one))
 
 
