@@ -18,7 +18,7 @@ from potstill.objectives.fused import run_plan
 from potstill.objectives.likelihood import Likelihood
 from potstill.objectives.plan import make_plan
 from potstill.objectives.weights import sequence_weight
-from potstill.signals import FullOutcomes, Needs, TeacherSignal
+from potstill.signals import FullOutcomes, Needs, Offers, TeacherSignal
 
 B, T, V, D, E = 3, 9, 12, 6, 5
 
@@ -198,6 +198,61 @@ def test_every_choice_of_the_catalogue_runs_or_is_refused_when_it_is_made():
                 assert loss.total.isfinite()
                 ran += 1
     assert ran > 30
+
+
+@pytest.mark.parametrize(
+    ("choices", "needs"),
+    [
+        ({}, Needs("full")),
+        ({"temperature": 2.0}, Needs("full")),
+        ({"support": "top_k_tail"}, Needs("top_k", None, 1.0)),
+        ({"support": "top_k_tail", "temperature": 2.0, "parameters": {"top_k": 12}}, Needs("top_k", 12, 2.0)),
+        ({"support": "top_k_renormalised", "temperature": 2.0}, Needs("top_k")),
+        ({"support": "top_k_renormalised", "temperature": 2.0, "token_weight": "position"}, Needs("top_k", None, 2.0)),
+        ({"support": "samples", "parameters": {"num_samples": 9}}, Needs("sampled", None, 1.0)),
+        ({"support": "projected", "temperature": 1.5}, Needs("projected", None, 1.5)),
+    ],
+)
+def test_it_asks_for_what_was_said_and_for_the_temperature_that_a_record_must_have(choices, needs):
+    assert DistributionMatching(**choices).needs == needs
+
+
+def test_a_record_of_fewer_tokens_serves_unless_more_were_asked_for():
+    few, many = Offers(frozenset({"top_k"}), top_k=20, temperature=1.0), {"parameters": {"top_k": 21}}
+    assert few.lacks(DistributionMatching(support="top_k_tail").needs) is None
+    assert few.lacks(DistributionMatching(support="top_k_tail", parameters={"top_k": 20}).needs) is None
+    assert few.lacks(DistributionMatching(support="top_k_tail", **many).needs) == "20 kept outcomes, not 21"
+    assert few.lacks(DistributionMatching(support="top_k_tail", temperature=2.0).needs) == "outcomes at temperature 1.0, not 2.0"
+    assert few.lacks(DistributionMatching(support="top_k_renormalised", temperature=2.0).needs) is None
+
+
+def test_two_weights_are_a_ratio_times_a_factor_and_the_log_stays_unweighted():
+    rows, head, signal, _, _ = setting()
+    for temperature in (1.0, 2.0):
+        by_ratio = DistributionMatching(kd_ratio=0.25, temperature=temperature).total(rows, head, signal, BATCH)
+        by_weights = DistributionMatching(kd_weight=0.75, sft_weight=2.25, temperature=temperature).total(rows, head, signal, BATCH)
+        torch.testing.assert_close(by_weights.total, 3 * by_ratio.total)
+        torch.testing.assert_close(torch.autograd.grad(by_weights.total, rows)[0], 3 * torch.autograd.grad(by_ratio.total, rows)[0])
+        torch.testing.assert_close((by_weights.cross_entropy, by_weights.divergence), (by_ratio.cross_entropy, by_ratio.divergence))
+    text = Likelihood(sft_weight=2.0).total(rows, head, None, BATCH)
+    plain = Likelihood().total(rows, head, None, BATCH)
+    torch.testing.assert_close((text.total, text.cross_entropy), (2 * plain.total, plain.cross_entropy))
+    assert DistributionMatching().plan.kd_weight == DistributionMatching().plan.sft_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"kd_ratio": 0.5, "kd_weight": 1.0, "sft_weight": 1.0}, "leave out kd_ratio, or both"),
+        ({"kd_weight": 1.0}, "kd_weight is set and sft_weight is not"), ({"sft_weight": 1.0}, "sft_weight is set and kd_weight is not"),
+        ({"kd_weight": -1.0, "sft_weight": 1.0}, "kd_weight is a finite number of at least 0"),
+        ({"kd_weight": 1.0, "sft_weight": math.inf}, "sft_weight is a finite number"),
+        ({"kd_weight": 0.0, "sft_weight": 0.0}, "nothing would be learned"), ({"kd_ratio": 1.5}, r"in \[0, 1\]; found 1.5"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(choices, said):
+    with pytest.raises(ConfigError, match=said):
+        DistributionMatching(**choices)
 
 
 def test_details_are_counted_only_where_asked():
