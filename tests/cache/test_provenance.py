@@ -131,6 +131,12 @@ def test_a_statement_survives_the_disk_and_shares_nothing_with_its_maker(tmp_pat
     assert Provenance({"a": True}).differences(Provenance({"a": 1}))
 
 
+def test_no_secret_of_the_notes_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "canary-0123456789")
+    _write(tmp_path, Provenance({**FIELDS, "notes": {"url": "https://user:canary@host/x", "words": ["canary-0123456789"]}}))
+    assert b"canary" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
 def test_the_identity_is_that_of_what_was_compared(tmp_path):
     _write(tmp_path / "a", Provenance(FIELDS))
     _write(tmp_path / "b", Provenance({**FIELDS, "notes": {}}))

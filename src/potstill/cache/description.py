@@ -11,9 +11,10 @@ from typing import Any
 
 import xxhash
 
-from potstill.cache.provenance import Difference, Provenance
+from potstill.cache.provenance import NOTES, Difference, Provenance
 from potstill.cache.records import RecordFormat
 from potstill.cache.segments import segment_of
+from potstill.environment import redact
 from potstill.errors import CacheError, StorageError
 from potstill.manifest import FileRecord, check_name
 from potstill.place import Place
@@ -51,7 +52,10 @@ def describe(provenance: Provenance, format: RecordFormat, extra_files: Mapping[
         if "/" in name or name.startswith(".") or name == DESCRIPTION or name.endswith((".arrow", ".index")):
             raise CacheError(f"{name!r}: not a name for an extra file of a cache")
     files = {name: FileRecord(len(data), xxhash.xxh3_64_hexdigest(data)) for name, data in extra_files.items()}
-    return Description(Provenance({**provenance.fields, "record": asdict(format)}), format, files)
+    fields = {**provenance.fields, "record": asdict(format)}
+    if NOTES in fields:
+        fields[NOTES] = redact(fields[NOTES])
+    return Description(Provenance(fields), format, files)
 
 
 def read_description(place: Place) -> Description | None:
