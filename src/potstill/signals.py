@@ -135,7 +135,10 @@ class ProjectedOutcomes(_ByRow):
 
 @dataclass(frozen=True)
 class MixtureOutcomes:
-    """A weighted mean of whole distributions: sum_i weights[i] * p_i, the weights adding up to 1."""
+    """A weighted mean of whole distributions: sum_i weights[i] * p_i, the weights adding up to 1.
+
+    Every p_i is at temperature 1. log p_mix then stands where a teacher's logits would: an objective's temperature divides it.
+    """
 
     members: tuple[FullOutcomes, ...]
     weights: tuple[float, ...]
