@@ -1,55 +1,55 @@
-"""Log-probabilities as codes and codes as bytes: one byte for the likely ones, three for others, seven for a value kept as it is.
+"""Log-probabilities as codes and codes as bytes. Codes ascend as probabilities descend.
 
+Code 0 is the outcome that is not stored, because it is what the others leave of 1; cell c of the quantiser has code c + 1.
 Which outcome of which row a code belongs to is its owner's business.
 """
 
 import numpy as np
 
 from potstill.cache.quantiser import Quantiser
-from potstill.cache.streams import Reader, Writer, damaged
+from potstill.cache.streams import damaged
 
-IMPLIED = 0  # the code of the outcome that is what the others leave of 1; cell c of the quantiser has code c + 1
-_LONG = 255  # a byte that says: the code stands in the stream of long codes
+IMPLIED = 0
+LONG = 255   # a byte that says: the code stands among the long ones
+LAST = 254   # the byte of the last code that has one
 
 
 class Codes:
-    """Codes ascend as probabilities descend; the last, `raw`, stands for a value that is kept as it is."""
+    """`raw`, the last code, stands for a value that is kept as it is: one below the floor, or -inf."""
 
-    def __init__(self, quantiser: Quantiser, deepest_byte: float):
-        """`deepest_byte`: the log-probability of the least probable outcome that is worth a short code."""
+    def __init__(self, quantiser: Quantiser, last: float):
+        """`last`: the log-probability of the least probable outcome that is worth a byte of its own, where bytes are of single values."""
         self._quantiser = quantiser
         self.raw = quantiser.size + 1
-        self.values = np.append(np.array(-np.inf, np.float32), quantiser.log_probs)
-        """The log-probability of each code below `raw`."""
-        last = int(quantiser.cells(np.array([deepest_byte], np.float32))[0]) + 1
-        codes = np.arange(max(1, last - 253), last + 1)
-        self._byte = np.full(self.raw + 1, _LONG, np.uint8)
-        self._byte[codes], self._byte[IMPLIED] = np.arange(1, len(codes) + 1), 0
-        self._code = np.full(256, self.raw, np.uint16)
-        self._code[1 : len(codes) + 1], self._code[0] = codes, IMPLIED
+        self.values = np.concatenate([[-np.inf], quantiser.log_probs, [-np.inf]]).astype(np.float32)
+        """The log-probability of each code; -inf where the code alone does not say it."""
+        self._last = np.uint16(max(LAST, quantiser.cells(np.array([last], np.float32))[0] + 1))
 
     def of(self, log_probs: np.ndarray) -> np.ndarray:
         return self._quantiser.cells(log_probs) + np.uint16(1)
 
-    def write(self, writer: Writer, codes: np.ndarray, raw_values: np.ndarray) -> None:
-        short = self._byte.take(codes)
-        writer.stream(short)
-        writer.stream(codes[short == _LONG].astype("<u2"))
-        writer.stream(raw_values.astype("<f4"))
+    def to_bytes(self, codes: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
+        """A byte for each: IMPLIED, or how far the code is before `last`, the code that has the byte LAST; LONG for all others."""
+        before = codes - (self._last if last is None else last) + np.uint16(LAST - 1)  # wraps around below 0
+        short = np.minimum(before, np.uint16(LAST)).astype(np.uint8) + np.uint8(1)
+        short[codes == IMPLIED] = IMPLIED
+        return short
 
-    def read(self, reader: Reader, count: int, raws: list[np.ndarray]) -> np.ndarray:
-        """The codes; a value kept as it is gets one of its own beyond all others, in descending order, and is added to `raws`."""
-        short = reader.exactly(count)
-        codes = self._code.take(short)
-        (where,) = np.nonzero(codes == self.raw)
-        long = reader.exactly(2 * len(where)).view("<u2")
-        (kept,) = np.nonzero(long == self.raw)
-        values = reader.exactly(4 * len(kept)).view("<f4")
-        if (long > self.raw).any() or np.isnan(values).any():
+    def from_bytes(self, short: np.ndarray, long: np.ndarray) -> np.ndarray:
+        """int32 codes of bytes that were written without `last`; `long` fills in for LONG in order."""
+        codes = short.astype(np.int32) + (int(self._last) - LAST)
+        codes[short == IMPLIED] = IMPLIED
+        where = short == LONG
+        if np.count_nonzero(where) != long.size or (long > self.raw).any():
             raise damaged("a code is unknown")
-        if len(where):
-            codes = codes.astype(np.int64)
-            codes[where] = long
-            codes[where[kept]] = self.raw + sum(map(len, raws)) + np.argsort(np.argsort(-values, kind="stable"))
-            raws.append(-np.sort(-values))
+        codes[where] = long
         return codes
+
+    def log_probs(self, codes: np.ndarray, raws: np.ndarray) -> np.ndarray:
+        """-inf for IMPLIED; `raws` are the values kept as they are, in order."""
+        found = self.values.take(codes, mode="clip")
+        where = codes == self.raw
+        if np.count_nonzero(where) != raws.size or np.isnan(raws).any():
+            raise damaged("its values do not fit its codes")
+        found[where] = raws
+        return found

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from potstill.cache.gaps import read_gaps, write_gaps
+from potstill.cache.gaps import join_gaps, most_bytes, split_gaps
+from potstill.cache.ordering import row_bits
 from potstill.cache.records import DrawnTokens, RecordFormat
-from potstill.cache.streams import Reader, Writer, damaged
+from potstill.cache.streams import damaged, join, numbers, split
 from potstill.errors import ConfigError
 
 MOST_DRAWS = 127
@@ -28,36 +29,27 @@ class DrawnCodec:
 
     def encode(self, record: DrawnTokens) -> bytes:
         ids, counts = record.ids.numpy(), record.counts.numpy()
-        writer = Writer(0)
         real = counts > 0
-        per_row = real.sum(axis=1)
-        bits = _row_bits(len(ids))
-        keys = ids.astype(np.int64) << bits | np.arange(len(ids))[:, None]
+        keys = ids.astype(np.int64) << row_bits(len(ids)) | np.arange(len(ids))[:, None]
         order = np.argsort(keys[real], kind="stable")
-        writer.stream(per_row.astype(np.uint8))
-        write_gaps(writer, np.diff(keys[real][order], prepend=0))
-        writer.stream(counts[real][order].astype(np.uint8))
-        if self._weighted:
-            writer.stream(record.weights.numpy().astype("<f4")[real][order])
-        return writer.payload()
+        gaps = np.diff(keys[real][order], prepend=0).astype(np.uint32)
+        weights = record.weights.numpy().astype("<f4")[real][order] if self._weighted else np.zeros(0)
+        return join(0, [real.sum(axis=1).astype(np.uint8), *split_gaps(gaps), counts[real][order].astype(np.uint8), weights])
 
     def _one(self, payload: bytes, n: int) -> tuple[np.ndarray, ...]:
         """Row by row: how many ids each row has, then all ids, counts and weights."""
-        reader = Reader(payload)
-        if reader.byte():
-            raise damaged("its first byte is unknown")
-        per_row = reader.exactly(n)
+        most = n * self._n
+        first, (per_row, *gaps, counts, weights) = split(payload, [n, *most_bytes(most), most, 4 * most])
+        per_row = numbers(per_row, "u1", n)
         total = int(per_row.sum(dtype=np.int64))
-        if per_row.size and per_row.max() > self._n:
-            raise damaged("a row has more ids than draws")
-        bits = _row_bits(n)
-        keys = np.cumsum(read_gaps(reader, total))
+        if first or any(part.size != total for part in (gaps[0], counts)):
+            raise damaged("its streams do not fit each other")
+        weights = numbers(weights, "<f4", total) if self._weighted else np.full(total, 1 / self._n, np.float32)
+        bits = row_bits(n)
+        keys = np.cumsum(join_gaps(gaps), dtype=np.int64)
         if total and keys[-1] >= self._vocabulary << bits:
             raise damaged("an id lies outside the vocabulary")
         rows = keys & ((1 << bits) - 1)
-        counts = reader.exactly(total)
-        weights = reader.exactly(4 * total).view("<f4") if self._weighted else np.full(total, 1 / self._n, np.float32)
-        reader.end()
         if not np.array_equal(np.bincount(rows, minlength=n), per_row):
             raise damaged("a row has another number of ids than it says")
         order = np.argsort(rows.astype(np.uint16) if n <= 2**16 else rows, kind="stable")
@@ -75,7 +67,3 @@ class DrawnCodec:
             array[real] = values
             arrays.append(torch.from_numpy(array))
         return DrawnTokens(*arrays)
-
-
-def _row_bits(n: int) -> int:
-    return max(n - 1, 1).bit_length()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from potstill.cache.records import HiddenRows, RecordFormat
-from potstill.cache.streams import Reader, Writer, damaged
+from potstill.cache.streams import damaged, join, numbers, split
 from potstill.signals import ProjectedOutcomes, TopKOutcomes
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,18 +21,17 @@ def id_bytes(vocabulary_size: int) -> int:
     return max(1, (max(vocabulary_size - 1, 1).bit_length() + 7) // 8)
 
 
-def write_planes(writer: Writer, numbers: np.ndarray, bytes_each: int) -> None:
+def planes(values: np.ndarray, bytes_each: int) -> list[np.ndarray]:
     """Little-endian numbers as one stream a byte place."""
-    planes = numbers.reshape(-1, 1).view(np.uint8)
-    for place in range(bytes_each):
-        writer.stream(planes[:, place])
+    places = values.reshape(-1, 1).view(np.uint8)
+    return [places[:, place] for place in range(bytes_each)]
 
 
-def read_planes(reader: Reader, count: int, bytes_each: int, dtype) -> np.ndarray:
-    numbers = np.zeros((count, np.dtype(dtype).itemsize), np.uint8)
-    for place in range(bytes_each):
-        numbers[:, place] = reader.exactly(count)
-    return numbers.view(dtype).reshape(count)
+def from_planes(streams: list[np.ndarray], count: int, dtype: str) -> np.ndarray:
+    places = np.zeros((count, np.dtype(dtype).itemsize), np.uint8)
+    for place, stream in enumerate(streams):
+        places[:, place] = numbers(stream, "u1", count)
+    return places.view(dtype).reshape(count)
 
 
 def _float32(tensor: Tensor) -> np.ndarray:
@@ -57,24 +56,21 @@ class ExactTopKCodec:
         self._id_bytes = id_bytes(format.vocabulary_size)
 
     def encode(self, record: TopKOutcomes) -> bytes:
-        writer = Writer(record.target_log_probs is not None)
-        write_planes(writer, record.ids.numpy().astype(np.uint32), self._id_bytes)
-        write_planes(writer, _float32(record.log_probs), 4)
-        write_planes(writer, _float32(record.log_tail), 4)
-        if record.target_log_probs is not None:
-            write_planes(writer, _float32(record.target_log_probs), 4)
-        return writer.payload()
+        streams = planes(record.ids.numpy().astype("<u4"), self._id_bytes)
+        for tensor in (record.log_probs, record.log_tail, record.target_log_probs):
+            streams += planes(_float32(tensor), 4) if tensor is not None else []
+        return join(record.target_log_probs is not None, streams)
 
     def _one(self, payload: bytes, rows: int) -> tuple[np.ndarray, ...]:
-        reader = Reader(payload)
-        known = reader.byte()
+        kept = rows * self._k
+        known, streams = split(payload, [kept] * (self._id_bytes + 4) + [rows] * 8)
         if known > 1:
             raise damaged("its first byte is unknown")
-        ids = read_planes(reader, rows * self._k, self._id_bytes, np.uint32)
+        ids = from_planes(streams[: self._id_bytes], kept, "<u4")
         if ids.size and ids.max() >= self._vocabulary:
             raise damaged("an id lies outside the vocabulary")
-        floats = [read_planes(reader, count, 4, np.float32) for count in [rows * self._k, rows] + [rows] * known]
-        reader.end()
+        starts = range(self._id_bytes, self._id_bytes + 8 + 4 * known, 4)
+        floats = [from_planes(streams[start : start + 4], count, "<f4") for start, count in zip(starts, [kept, rows, rows], strict=False)]
         return ids.reshape(rows, self._k), floats[0].reshape(rows, self._k), *floats[1:]
 
     def decode(self, payloads: Sequence[bytes], rows: Sequence[int]) -> TopKOutcomes:

@@ -3,21 +3,22 @@
 It knows nothing of what the bytes mean. What does not parse raises StorageError, and nothing is allocated beyond what the reader allows.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
 from potstill.errors import StorageError
 
-DAMAGED = "the record does not decode ({}): it is damaged or was written under another format; capture it again"
-_SHORTEST = 32  # below this a frame's own 10 bytes never pay
-_ZSTD = pa.Codec("zstd", compression_level=1)
+_SHORTEST = 24  # below this a frame's own 10 bytes never pay
+_ZSTD = pa.Codec("zstd", compression_level=1)  # one Huffman table a stream; a higher level finds next to nothing more
 
 
 def damaged(what: str) -> StorageError:
-    return StorageError(DAMAGED.format(what))
+    return StorageError(f"the record does not decode ({what}): it is damaged or was written under another format; capture it again")
 
 
-def varint(number: int) -> bytes:
+def _varint(number: int) -> bytes:
     parts = bytearray()
     while number > 0x7F:
         parts.append(number & 0x7F | 0x80)
@@ -26,66 +27,57 @@ def varint(number: int) -> bytes:
     return bytes(parts)
 
 
-class Writer:
-    """Collects the streams of one payload."""
-
-    def __init__(self, first: int):
-        """`first` is the payload's first byte: which of a coder's layouts follows."""
-        self._parts = [bytes([first])]
-
-    def number(self, number: int) -> None:
-        self._parts.append(varint(number))
-
-    def stream(self, data: np.ndarray) -> None:
+def join(first: int, streams: Sequence[np.ndarray]) -> bytes:
+    """A payload: its first byte, which is the caller's; a bit for each of at most 16 streams that is not empty; and these."""
+    parts, present = [b""], 0
+    for place, data in enumerate(streams):
+        if data.size == 0:
+            continue
+        present |= 1 << place
         raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
         if raw.size >= _SHORTEST:
             packed = _ZSTD.compress(raw, asbytes=True)
-            header = varint(len(packed) * 2 + 1) + varint(raw.size)
+            header = _varint(len(packed) * 2 + 1) + _varint(raw.size)
             if len(packed) + len(header) < raw.size:
-                self._parts += [header, packed]
-                return
-        self._parts += [varint(raw.size * 2), raw.tobytes()]
+                parts += [header, packed]
+                continue
+        parts += [_varint(raw.size * 2), raw.tobytes()]
+    parts[0] = bytes([first, present & 0xFF, present >> 8])
+    return b"".join(parts)
 
-    def payload(self) -> bytes:
-        return b"".join(self._parts)
 
-
-class Reader:
-    """Gives the streams of one payload back, in the order in which they were written."""
-
+class _Cursor:
     def __init__(self, payload: bytes):
-        self._payload, self._at = payload, 0
+        self.payload, self.at = payload, 0
 
     def byte(self) -> int:
-        self._at += 1
-        if self._at > len(self._payload):
+        self.at += 1
+        if self.at > len(self.payload):
             raise damaged("it ends too early")
-        return self._payload[self._at - 1]
+        return self.payload[self.at - 1]
 
-    def number(self, at_most: int) -> int:
+    def number(self) -> int:
         number = shift = 0
         while True:
             byte = self.byte()
             number |= (byte & 0x7F) << shift
             if byte < 0x80:
-                break
+                return number
             shift += 7
             if shift > 56:
                 raise damaged("a length has no end")
-        if number > at_most:
-            raise damaged(f"{number} stands where {at_most} is the most")
-        return number
 
     def stream(self, at_most: int) -> np.ndarray:
-        """The next stream as bytes; `at_most` bounds what is allocated."""
-        head = self.number(2 * (len(self._payload) - self._at) + 1)
-        stored, size = head >> 1, head >> 1
+        head = self.number()
+        stored = size = head >> 1
         if head & 1:
-            size = self.number(at_most)
-        start, self._at = self._at, self._at + stored
-        if self._at > len(self._payload) or size > at_most:
-            raise damaged("a stream is longer than it can be")
-        part = memoryview(self._payload)[start : self._at]
+            size = self.number()
+        start, self.at = self.at, self.at + stored
+        if self.at > len(self.payload):
+            raise damaged("it ends too early")
+        if size > at_most:
+            raise damaged(f"a stream has {size} bytes where {at_most} are the most")
+        part = memoryview(self.payload)[start : self.at]
         if head & 1:
             try:
                 part = _ZSTD.decompress(part, decompressed_size=size)
@@ -96,12 +88,26 @@ class Reader:
             raise damaged("a stream has another length than it says")
         return raw
 
-    def exactly(self, size: int) -> np.ndarray:
-        raw = self.stream(size)
-        if raw.size != size:
-            raise damaged(f"a stream has {raw.size} bytes and not {size}")
-        return raw
 
-    def end(self) -> None:
-        if self._at != len(self._payload):
-            raise damaged("bytes are left over")
+def split(payload: bytes, at_most: Sequence[int]) -> tuple[int, list[np.ndarray]]:
+    """The first byte and the streams, as bytes; `at_most` says how many bytes each may have and so bounds what is allocated."""
+    cursor = _Cursor(payload)
+    first, present = cursor.byte(), cursor.byte() | cursor.byte() << 8
+    if present >> len(at_most):
+        raise damaged("it has unknown streams")
+    streams = [cursor.stream(most) if present >> place & 1 else np.zeros(0, np.uint8) for place, most in enumerate(at_most)]
+    if cursor.at != len(payload):
+        raise damaged("bytes are left over")
+    return first, streams
+
+
+def numbers(stream: np.ndarray, dtype: str, count: int | None = None) -> np.ndarray:
+    """A stream's bytes as little-endian numbers; `count` is how many there must be."""
+    size = np.dtype(dtype).itemsize
+    if stream.size % size or count not in (None, stream.size // size):
+        raise damaged(f"a stream has {stream.size} bytes, which is not {count if count is not None else 'a number of'} times {size}")
+    return stream.view(dtype)
+
+
+def take_counted(streams: list[np.ndarray], count: int, dtype: str) -> np.ndarray:
+    return numbers(np.concatenate(streams) if len(streams) > 1 else streams[0], dtype, count)

@@ -2,7 +2,7 @@
 
 An id that is among the top K of many rows of a sequence then costs a fraction of a byte each time, and one that comes once costs what
 a row's own sorted ids would. The largest outcome of a row (a kept id or the tail) is not stored: it is what the others leave of 1.
-Which sequences the rows belong to is not known here.
+Which sequences the rows belong to is not known here; the putting in order is in ordering.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,18 +10,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from potstill.cache.codes import IMPLIED, Codes
-from potstill.cache.gaps import read_gaps, write_gaps
+from potstill.cache.codes import IMPLIED, LAST, LONG, Codes
+from potstill.cache.gaps import NUM_STREAMS, join_gaps, most_bytes, split_gaps
+from potstill.cache.ordering import Blocks, Pairs
 from potstill.cache.quantiser import Quantiser
 from potstill.cache.records import RecordFormat
-from potstill.cache.streams import Reader, Writer, damaged
+from potstill.cache.streams import damaged, join, numbers, split
 from potstill.signals import TopKOutcomes
 
-_LEAST_IMPLIED = 0.2   # a smaller outcome would take up more error from the others than its own bits are worth
-_MASS_ERROR = 1e-3     # where a row's mass is further from 1 than this, all its outcomes are stored
-_DEEPEST_BYTE = -12.0  # nats below 1 / K: less probable outcomes need no short code
+_LEAST_IMPLIED = 0.2       # a smaller outcome would take up more error from the others than its own bits are worth
+_MASS_ERROR = 1e-3         # where a row's mass is further from 1 than this, all its outcomes are stored
 _WIDEST_OF_TARGETS = 0.125
-_ROWS_AT_ONCE = 512    # so many rows' keys stay in the processor's second cache while they are put in order
+_UNKNOWN, _KNOWN = 0, 1     # a payload's first byte: whether the targets' log-probabilities follow
+_NOTHING = np.zeros(0, np.float32)
+_LEAST_OF_ROWS = -16.0     # nats: the last log-probability with a short code among what is stored once a row
 
 
 class TopKCodec:
@@ -29,143 +31,166 @@ class TopKCodec:
 
     def __init__(self, format: RecordFormat):
         self._k, self._temperature, self._vocabulary = format.k, format.temperature, format.vocabulary_size
-        deepest = -np.log(format.k) + _DEEPEST_BYTE
-        self._codes = Codes(Quantiser(format.k + 1), deepest)
-        self._target_codes = Codes(Quantiser(max(format.k + 1, 33), _WIDEST_OF_TARGETS), deepest)
+        self._codes = Codes(Quantiser(format.k + 1), _LEAST_OF_ROWS)
+        self._target_codes = Codes(Quantiser(max(format.k + 1, 33), _WIDEST_OF_TARGETS), _LEAST_OF_ROWS)
+        self._offset = self._codes.raw + 1
         self._id_bits = max(format.vocabulary_size - 1, 1).bit_length()
+        self._blocks = Blocks(format.k, self._id_bits)
 
     # --- encoding ---------------------------------------------------------------------------------------------------------------
 
     def encode(self, record: TopKOutcomes) -> bytes:
-        ids, log_probs, tails = record.ids.numpy(), _float32(record.log_probs), _float32(record.log_tail)
-        n = len(ids)
-        writer = Writer(record.target_log_probs is not None)
-        if n == 0:
-            return writer.payload()
+        if len(record) == 0:
+            return join(_UNKNOWN if record.target_log_probs is None else _KNOWN, [])
+        log_probs, tails = _float32(record.log_probs), _float32(record.log_tail)
+        codes, tail_codes, largest, kept = self._code_rows(log_probs, tails)
+        raw = codes == self._codes.raw
+        base = (np.where(raw, np.uint16(0), codes) if raw.any() else codes).max(axis=1)
+        short, ids = self._codes.to_bytes(codes, base[:, None]), record.ids.numpy()
+        gaps, ordered = self._blocks.by_id(ids, short)
+        rows, places = np.nonzero(short == LONG)  # few: put in order on their own
+        order = np.argsort(self._blocks.keys_of(ids[rows, places], rows), kind="stable")
+        kept_long, kept_raw = (values[rows[order], places[order]] for values in (codes, log_probs))
+        bases, tail_bytes = self._codes.to_bytes(base), self._codes.to_bytes(tail_codes)
+        row_bytes, longs = [bases, tail_bytes], [kept_long, base[bases == LONG], tail_codes[tail_bytes == LONG], _NOTHING]
+        raws = [kept_raw[kept_long == self._codes.raw], tails[tail_codes == self._codes.raw], _NOTHING]
+        if record.target_log_probs is not None:
+            targets = _float32(record.target_log_probs)
+            target_codes = self._target_codes.of(targets)
+            target_codes[kept & (targets == largest)] = IMPLIED
+            row_bytes.append(self._target_codes.to_bytes(target_codes))
+            longs[3], raws[2] = target_codes[row_bytes[2] == LONG], targets[target_codes == self._target_codes.raw]
+        return join(
+            _UNKNOWN if record.target_log_probs is None else _KNOWN,
+            [*split_gaps(gaps), ordered, np.concatenate(row_bytes), *(part.astype("<u2") for part in longs), *raws],
+        )
+
+    def _code_rows(self, log_probs: np.ndarray, tails: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Codes of the kept ids and of the tails, the largest kept log-probabilities, and in which rows that one is left out."""
         codes, tail_codes = self._codes.of(log_probs), self._codes.of(tails)
-        every, top = np.arange(n), log_probs.argmax(axis=1)
+        every, top = np.arange(len(tails)), log_probs.argmax(axis=1)
         largest = log_probs[every, top]
         mass = np.exp(log_probs).sum(axis=1) + np.exp(tails)
         implied = (np.abs(mass - 1) < _MASS_ERROR) & (np.maximum(largest, tails) > np.log(_LEAST_IMPLIED))
         kept = implied & (largest >= tails)
         codes[every[kept], top[kept]] = IMPLIED
         tail_codes[implied & ~kept] = IMPLIED
-        keys = ids.astype(np.int64) << _row_bits(n) | every[:, None]
-        raws = codes == self._codes.raw
-        raw_values = log_probs[raws][np.argsort(keys[raws], kind="stable")]
-        keys = (keys << 16 | codes).reshape(-1)
-        keys.sort()
-        write_gaps(writer, np.diff(keys >> 16, prepend=0))
-        self._codes.write(writer, (keys & 0xFFFF).astype(np.uint16), raw_values)
-        self._codes.write(writer, tail_codes, tails[tail_codes == self._codes.raw])
-        if record.target_log_probs is not None:
-            targets = _float32(record.target_log_probs)
-            target_codes = self._target_codes.of(targets)
-            target_codes[kept & (targets == largest)] = IMPLIED
-            self._target_codes.write(writer, target_codes, targets[target_codes == self._target_codes.raw])
-        return writer.payload()
+        return codes, tail_codes, largest, kept
 
     # --- decoding ---------------------------------------------------------------------------------------------------------------
 
     def decode(self, payloads: Sequence[bytes], rows: Sequence[int]) -> TopKOutcomes:
         total, k = sum(rows), self._k
-        ids, log_probs = np.empty((total, k), np.int64), np.empty((total, k), np.float32)
-        tails, targets = np.empty(total, np.float32), np.empty(total, np.float32)
-        known = set()
-        start = 0
-        for part in _groups(payloads, rows):
+        outputs = np.empty((total, k), np.int64), np.empty((total, k), np.float32), np.empty(total, np.float32), np.empty(total, np.float32)
+        known, start = set(), 0
+        for part in _groups(payloads, rows, self._blocks.rows):
             stop = start + sum(n for _, n in part)
-            known.add(self._group(part, ids[start:stop], log_probs[start:stop], tails[start:stop], targets[start:stop]))
+            known |= self._group(part, *(output[start:stop] for output in outputs))
             start = stop
-        if known >= {True, False}:
+        if len(known) > 1:
             raise damaged("some sequences know their targets' log-probabilities and others do not")
-        known_targets = None if False in known else torch.from_numpy(targets)
-        return TopKOutcomes(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tails), known_targets, self._temperature)
+        ids, log_probs, tails, targets = (torch.from_numpy(output) for output in outputs)
+        return TopKOutcomes(ids, log_probs, tails, None if known == {_UNKNOWN} else targets, self._temperature)
 
-    def _group(self, part: list[tuple[bytes, int]], ids, log_probs, tails, targets) -> bool | None:
-        """Decodes some payloads into the arrays; returns whether the targets' log-probabilities are known, None where there are no rows."""
-        pairs, tail_codes, target_codes, raws, target_raws = [], [], [], [], []
-        first, known = 0, set()
+    def _group(self, part: list[tuple[bytes, int]], ids, log_probs, tails, targets) -> set[int]:
+        """Decodes some payloads into the arrays; returns whether the targets' log-probabilities are known, as _KNOWN or _UNKNOWN."""
+        firsts, parts, rows = set(), [], [n for _, n in part if n]
         for payload, n in part:
-            reader = Reader(payload)
-            known.add(reader.byte())
+            kept = n * self._k
+            first, streams = split(payload, [*most_bytes(kept), kept, 3 * n, 2 * kept, 2 * n, 2 * n, 2 * n, 4 * kept, 4 * n, 4 * n])
+            if first not in (_KNOWN, _UNKNOWN):
+                raise damaged("its first byte is unknown")
             if n:
-                pairs.append([*self._read_pairs(reader, n, first), self._codes.read(reader, n * self._k, raws)])
-                tail_codes.append(self._codes.read(reader, n, raws))
-                if 1 in known:
-                    target_codes.append(self._target_codes.read(reader, n, target_raws))
-            reader.end()
-            first += n
-        if len(known) > 1 or known - {0, 1}:
-            raise damaged("its first byte is unknown or not that of the other sequences")
-        if not pairs:
-            return None
-        values = np.concatenate([self._codes.values, *raws])
-        ordered = self._by_row([np.concatenate(column) for column in zip(*pairs, strict=True)], len(ids), len(values))
-        np.bitwise_and(ordered, (1 << self._id_bits) - 1, out=ids, casting="unsafe")
-        ordered >>= self._id_bits
-        np.take(values, ordered, out=log_probs, mode="clip")
-        tails[:] = values.take(np.concatenate(tail_codes))
-        self._normalise(ordered[:, 0] == IMPLIED, np.concatenate(tail_codes) == IMPLIED, log_probs, tails)
-        if known == {1}:
-            target_codes, target_values = np.concatenate(target_codes), np.concatenate([self._target_codes.values, *target_raws])
-            targets[:] = np.where(target_codes == IMPLIED, log_probs[:, 0], target_values.take(target_codes))
-        return known == {1}
+                firsts.add(first)
+                parts.append(streams)
+        if len(firsts) != 1:
+            return firsts  # no rows at all, or what the caller refuses
+        known = firsts == {_KNOWN}
+        *gaps, short, _, kept_long, base_long, tail_long, target_long, kept_raw, tail_raw, target_raw = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        if short.size != ids.size or [part[NUM_STREAMS + 1].size for part in parts] != [(2 + known) * n for n in rows]:
+            raise damaged("it has another number of rows")
+        columns = [np.concatenate(column) for column in zip(*(part[NUM_STREAMS + 1].reshape(2 + known, -1) for part in parts), strict=True)]
+        base = self._codes.from_bytes(columns[0], numbers(base_long, "<u2"))
+        tail_codes = self._codes.from_bytes(columns[1], numbers(tail_long, "<u2"))
+        tails[:] = self._codes.log_probs(tail_codes, numbers(tail_raw, "<f4"))
+        ranks, raws = self._ranks(short, numbers(kept_long, "<u2"), numbers(kept_raw, "<f4"))
+        implied = self._put_in_order(self._blocks.pairs(join_gaps(gaps), rows), ranks, raws, kept_long.size > 0, base, ids, log_probs)
+        _normalise(implied, tail_codes == IMPLIED, log_probs, tails)
+        if known:
+            target_codes = self._target_codes.from_bytes(columns[2], numbers(target_long, "<u2"))
+            targets[:] = self._target_codes.log_probs(target_codes, numbers(target_raw, "<f4"))
+            np.copyto(targets, log_probs[:, 0], where=target_codes == IMPLIED)
+        return firsts
 
-    def _read_pairs(self, reader: Reader, n: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers, counted from `first`, and ids."""
-        bits = _row_bits(n)
-        keys = np.cumsum(read_gaps(reader, n * self._k))
-        if keys[-1] >= self._vocabulary << bits:
+    def _ranks(self, short: np.ndarray, long: np.ndarray, raws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A number for each kept outcome that ascends as a row's probabilities descend, and the values kept as they are, descending.
+
+        0 is what the others leave; then long codes; then, from `_offset` on, bytes; then the values kept as they are.
+        """
+        (where,) = np.nonzero(short == LONG)
+        raw = long == self._codes.raw
+        if where.size != long.size or (long > self._codes.raw).any() or np.count_nonzero(raw) != raws.size or np.isnan(raws).any():
+            raise damaged("its values do not fit its codes")
+        wide = (self._offset + LONG + 1 + raws.size) << self._id_bits > 2**32
+        ranks = short.astype(np.int64 if wide else np.uint32)
+        ranks += ranks.dtype.type(self._offset)
+        ranks[np.nonzero(short == IMPLIED)] = 0
+        own = long.astype(np.int64)
+        own[raw] = self._offset + LONG + 1 + np.argsort(np.argsort(-raws, kind="stable"))
+        ranks[where] = own
+        return ranks, -np.sort(-raws)
+
+    def _put_in_order(self, pairs: Pairs, ranks, raws, has_long: bool, base, ids, log_probs) -> np.ndarray:
+        """Fills ids and log-probabilities; returns in which rows the first is what the others leave of 1."""
+        if pairs.ids.size != ranks.size or pairs.ids.max() >= self._vocabulary:
             raise damaged("an id lies outside the vocabulary")
-        numbers = keys & ((1 << bits) - 1)
-        numbers += first
-        return numbers.astype(np.uint16 if first + n <= 2**16 else np.int64), keys >> bits
+        ranks <<= ranks.dtype.type(self._id_bits)
+        ranks |= pairs.ids
+        ordered = pairs.by_row(ranks)
+        np.bitwise_and(ordered, ordered.dtype.type((1 << self._id_bits) - 1), out=ids, casting="unsafe")
+        ordered >>= ordered.dtype.type(self._id_bits)
+        implied = ordered[:, 0] == 0
+        codes = ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
+        shift = (base - (self._offset + LAST)).astype(codes.dtype)[:, None]
+        if has_long:
+            ranks = codes.copy()
+            codes += shift
+            np.copyto(codes, ranks, where=(ranks > 0) & (ranks < self._offset))
+            self._codes.values.take(codes, out=log_probs, mode="clip")
+            kept_raw = ranks > self._offset + LONG
+            log_probs[kept_raw] = raws[ranks[kept_raw] - (self._offset + LONG + 1)]
+        else:
+            codes += shift
+            self._codes.values.take(codes, out=log_probs, mode="clip")  # what is implied lies before the first: -inf
+        return implied
 
-    def _by_row(self, columns: list[np.ndarray], n: int, num_codes: int) -> np.ndarray:
-        """From row numbers, ids and codes: (code, id) pairs as one number each, by row, the smallest code first."""
-        row_numbers, ids, codes = columns
-        narrow = num_codes << self._id_bits <= 2**32
-        pairs = codes.astype(np.uint32 if narrow else np.int64)
-        pairs <<= self._id_bits
-        np.bitwise_or(pairs, ids, out=pairs, casting="unsafe")
-        order = np.argsort(row_numbers, kind="stable")  # a radix sort for 16-bit numbers
-        ends = row_numbers.take(order[:: self._k]), row_numbers.take(order[self._k - 1 :: self._k])
-        if any((end != np.arange(n)).any() for end in ends):
-            raise damaged("a row has more or fewer ids than K")
-        pairs = pairs.take(order).reshape(n, self._k)
-        pairs.sort(axis=1)
-        return pairs
 
-    @staticmethod
-    def _normalise(top_implied: np.ndarray, tail_implied: np.ndarray, log_probs: np.ndarray, tails: np.ndarray) -> None:
-        """In place: the outcome that was left out is what the others leave of 1, and where none was all are scaled to add up to 1."""
-        top_implied &= ~tail_implied
-        with np.errstate(divide="ignore"):
-            mass = np.exp(log_probs).sum(axis=1) + np.exp(tails)
-            rest = np.log(np.maximum(1 - mass, np.finfo(np.float32).tiny))
-            log_probs[top_implied, 0] = rest[top_implied]
-            tails[tail_implied] = rest[tail_implied]
-            mass[top_implied | tail_implied] = 1
-            mass[mass == 0] = 1
-            log_mass = np.log(mass)
-        log_probs -= log_mass[:, None]
-        tails -= log_mass
+def _normalise(top_implied: np.ndarray, tail_implied: np.ndarray, log_probs: np.ndarray, tails: np.ndarray) -> None:
+    """In place: the outcome that was left out is what the others leave of 1, and where none was all are scaled to add up to 1."""
+    top_implied = top_implied & ~tail_implied
+    stored = ~(top_implied | tail_implied)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        mass = np.exp(log_probs).sum(axis=1) + np.exp(tails)
+        rest = np.log(np.maximum(1 - mass, np.finfo(np.float32).tiny))
+        np.copyto(log_probs[:, 0], rest, where=top_implied)
+        np.copyto(tails, rest, where=tail_implied)
+        log_mass = np.log(mass[stored])
+    log_mass[~np.isfinite(log_mass)] = 0
+    log_probs[stored] -= log_mass[:, None]
+    tails[stored] -= log_mass
 
 
 def _float32(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy(), np.float32)
 
 
-def _row_bits(n: int) -> int:
-    return max(n - 1, 1).bit_length()
-
-
-def _groups(payloads: Sequence[bytes], rows: Sequence[int]) -> Iterator[list[tuple[bytes, int]]]:
-    """Payloads in their order, so many together that they have about _ROWS_AT_ONCE rows."""
+def _groups(payloads: Sequence[bytes], rows: Sequence[int], at_once: int) -> Iterator[list[tuple[bytes, int]]]:
+    """Payloads in their order, so many together that they have no more rows than are put in order at once, or one alone."""
     part, held = [], 0
     for payload, n in zip(payloads, rows, strict=True):
-        if part and held + n > _ROWS_AT_ONCE:
+        if part and held + n > at_once:
             yield part
             part, held = [], 0
         part.append((payload, n))
