@@ -7,7 +7,9 @@ cache; where they come from is not its affair.
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from potstill.data.examples import ExampleSet
 from potstill.errors import InterruptedRun
 from potstill.head import Head
 from potstill.interruption import SignalWatch
-from potstill.teachers.teacher import Teacher, require
+from potstill.teachers.teacher import Teacher, confirm, heed, require
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,15 @@ class _Asking:
     quiet: bool
 
 
+class _BrokenOff(Exception):
+    """A signal came while an answer was waited for."""
+
+
+def _break_off(watch: SignalWatch) -> None:
+    if watch.received:
+        raise _BrokenOff
+
+
 def _ask(asking: _Asking, planned: Sequence[Unit]) -> CaptureSummary:
     sequences, config = asking.sequences, asking.config
     rows = tokens = asked = most_in_flight = 0
@@ -121,11 +132,13 @@ def _ask(asking: _Asking, planned: Sequence[Unit]) -> CaptureSummary:
     recorder = Recorder(
         asking.writer, make_codec(asking.scorer.format), commit_seconds=config.commit_seconds,
         on_first=lambda size, of_rows: require_room(config.path, _left(asking, size / of_rows), measured=True),
+        before_commit=lambda: confirm(asking.scorer.teacher),
     )  # fmt: skip
     with (
         SignalWatch("committing what was answered") as watch, CaptureProgress(int(sequences.lengths.sum()), quiet=asking.quiet) as progress,
-        recorder,
+        recorder, suppress(_BrokenOff),
     ):  # fmt: skip
+        heed(asking.scorer.teacher, partial(_break_off, watch))
         for unit in planned:
             if watch.received:
                 break

@@ -21,11 +21,14 @@ class Recorder:
     """A context around one capture. `put` hands answers over; a clean end commits them all.
 
     After an error of the caller's own (a teacher that is gone, say) what was handed over is committed too. `committed_rows` and
-    `payload_bytes` count what this recorder has committed and coded; `on_first` is told (bytes, rows) of the first unit.
+    `payload_bytes` count what this recorder has committed and coded; `on_first` is told (bytes, rows) of the first unit; what
+    `before_commit` raises keeps what is handed over from being committed.
     """
 
-    def __init__(self, writer: CacheWriter, codec: Codec, *, commit_seconds: float, on_first: Callable[[int, int], None] | None = None):
+    def __init__(self, writer: CacheWriter, codec: Codec, *, commit_seconds: float, on_first: Callable[[int, int], None] | None = None,
+                 before_commit: Callable[[], None] | None = None):  # fmt: skip
         self._writer, self._codec, self._commit_seconds, self._on_first = writer, codec, commit_seconds, on_first
+        self._before_commit = before_commit
         self._changed = threading.Condition()
         self._waiting: deque[Sequence[Answer]] = deque()
         self._ended = False
@@ -95,5 +98,7 @@ class Recorder:
 
     def _commit(self) -> None:
         if self.committed_rows != self.coded_rows:
+            if self._before_commit is not None:
+                self._before_commit()
             self._writer.commit()
             self.committed_rows = self.coded_rows

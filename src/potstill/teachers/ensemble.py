@@ -4,7 +4,7 @@ It knows teachers and batches; how a mean is taken is the objective's affair, an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
@@ -19,7 +19,7 @@ from potstill.data.collation import collate, empty_batch
 from potstill.data.examples import ExampleSet
 from potstill.errors import IncompatibleError
 from potstill.signals import FullOutcomes, MixtureOutcomes, Needs, Offers, Outcomes, RoutedOutcomes, TeacherSignal
-from potstill.teachers.teacher import Teacher, require_answers
+from potstill.teachers.teacher import Teacher, confirm, heed, require_answers
 
 _EVERY: frozenset[Outcomes] = frozenset(get_args(Outcomes)) - {"nothing"}
 
@@ -38,6 +38,14 @@ class _Ensemble:
 
     def _identity(self, kind: str) -> dict[str, str]:
         return {"ensemble": kind, **{f"{name}: {key}": value for name, m in self.members.items() for key, value in m.identity.items()}}
+
+    def heed(self, check: Callable[[], None]) -> None:
+        for member in self.members.values():
+            heed(member, check)
+
+    def confirm(self) -> None:
+        for member in self.members.values():
+            confirm(member)
 
     def close(self) -> None:
         """Closes every member, whatever becomes of the others."""

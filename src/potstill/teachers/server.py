@@ -64,8 +64,11 @@ class ServerTeacher:
         self._loop.check = check
 
     def confirm(self) -> None:
-        """Scores the probe now. Raises TeacherError where another model answers: what it said since the last probe is suspect."""
-        self._loop.run(self._asker.confirm(now=True))
+        """Scores the probe now, if the server answers. Raises TeacherError where another model does: what it said lately is suspect.
+
+        Any thread may ask, and nothing breaks it off: it is what comes before a commit.
+        """
+        self._loop.run(self._asker.confirm_now(), heedless=True)
 
     def score(self, batch: Batch, needs: Needs) -> TeacherSignal:
         """`TopKOutcomes` for the target rows, in float32 on the batch's device. Equal documents are asked once."""

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from potstill.errors import ModelError, TeacherError
 from potstill.models.tokenizers import compare_tokenizers, refuse_different
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server_answers import PADDED_ROWS, Scored, believe
-from potstill.teachers.server_http import Endpoint, Unbelievable, clean
+from potstill.teachers.server_http import Endpoint, Unanswered, Unbelievable, clean
 from potstill.teachers.server_json import is_list, is_object, parse
 from potstill.teachers.server_pool import Pool
 from potstill.teachers.server_probe import Fingerprint, digest, probe_difference, probe_tokens, refuse_other_texts
@@ -28,6 +29,7 @@ _QUARANTINED_BYTES = 64 * 2**10
 _QUARANTINED_ANSWERS = 20
 # An answer's size: what stands around it, and one id's entry with its text, several times over.
 _FRAME_BYTES, _ENTRY_BYTES = 2**20, 512
+_CONFIRM_SECONDS = 10.0
 
 
 class Asker:
@@ -116,16 +118,21 @@ class Asker:
 
     # ------------------------------------------------------------ the probe
 
-    async def confirm(self, *, now: bool = False) -> None:
+    async def confirm(self) -> None:
         """Sees that the probe has passed since the last connection was made, and lately. Raises TeacherError for another model."""
-        if not now and not self._is_due():
+        if not self._is_due():
             return
-        asked = time.monotonic()
         async with self._probing:
-            if self._is_due() or (now and self._probed_at < asked):
-                found = await self._score_probe()
-                self._refuse_drift(found)
+            if self._is_due():
+                self._refuse_drift(await self._score_probe())
                 self._since_probe = 0
+
+    async def confirm_now(self) -> None:
+        """Asks for the probe once. A server that does not answer has not become another model."""
+        with suppress(Unanswered, Unbelievable):
+            [scored] = await self._exchange([self._probe], min(self._config.request_seconds, _CONFIRM_SECONDS))
+            self._refuse_drift(Fingerprint.of(scored))
+            self._since_probe = 0
 
     def _is_due(self) -> bool:
         lately = time.monotonic() - self._probed_at < self._config.probe_seconds

@@ -22,7 +22,7 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="potstill-server", daemon=True)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], *, heedless: bool = False) -> T:
         """The result of `work`; where the caller is interrupted, `work` is cancelled and its connections are closed."""
         if not self._thread.is_alive():
             work.close()
@@ -30,7 +30,8 @@ class Loop:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], _LOOK_SECONDS, FIRST_COMPLETED).done:
-                self.check()
+                if not heedless:
+                    self.check()
             return future.result()
         finally:
             future.cancel()

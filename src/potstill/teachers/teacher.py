@@ -1,6 +1,6 @@
 """What every teacher can do, and the check, when a run is assembled, that it can do what the objective asks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from potstill.batch import Batch
@@ -39,6 +39,31 @@ class KnowsItsRows(Protocol):
     def refuse_missing(self, examples: ExampleSet) -> None:
         """Raises PotstillError naming the first row that it cannot answer."""
         ...
+
+
+@runtime_checkable
+class FarAway(Protocol):
+    """A teacher that is not in this process: one may have to wait for it, and it may become another one."""
+
+    def heed(self, check: Callable[[], None]) -> None:
+        """`check` is called several times a second while an answer is waited for; what it raises ends the waiting."""
+        ...
+
+    def confirm(self) -> None:
+        """Raises TeacherError where it is another teacher than at the start. Says nothing where it does not answer now."""
+        ...
+
+
+def heed(teacher: Teacher, check: Callable[[], None]) -> None:
+    """Lets `check` break off whatever this teacher waits for."""
+    if isinstance(teacher, FarAway):
+        teacher.heed(check)
+
+
+def confirm(teacher: Teacher) -> None:
+    """Raises TeacherError where the teacher has become another one; what it has said lately is then not to be kept."""
+    if isinstance(teacher, FarAway):
+        teacher.confirm()
 
 
 def require_answers(teacher: Teacher, *sets: ExampleSet | None) -> None:

@@ -19,11 +19,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 
 from potstill.batch import Batch
-from potstill.errors import InterruptedRun, NonFiniteError, PotstillError
+from potstill.errors import InterruptedRun, NonFiniteError, OutageError, PotstillError, TeacherError
 from potstill.interruption import SignalWatch
 from potstill.run_folder import NON_FINITE
 from potstill.signals import TeacherSignal
-from potstill.teachers.teacher import Teacher
+from potstill.teachers.teacher import Teacher, heed
 from potstill.training.callbacks import Bar, StepGuard
 from potstill.training.config import TrainingConfig
 from potstill.training.distiller import Distiller
@@ -68,6 +68,8 @@ class DistillationTrainer(Trainer):
         self.ranks, self.folder, self.saver, self.watch = ranks, saver.folder, saver, watch
         self.progress = saver.progress
         self.needs = distiller.objective.needs
+        if teacher is not None:
+            heed(teacher, self.break_off_if_asked)
         self.window: Window = feed.order.window(self.progress.step)
         self.measures = Measures()
         self.grad_norm: float = math.nan
@@ -140,7 +142,23 @@ class DistillationTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def answer(self, batch: Batch) -> TeacherSignal:
-        return TeacherSignal() if self.teacher is None else self.teacher.score(batch, self.needs)
+        """What the teacher says; where it is gone for good, the last completed step is committed before that is said."""
+        if self.teacher is None:
+            return TeacherSignal()
+        try:
+            return self.teacher.score(batch, self.needs)
+        except (OutageError, TeacherError):
+            if self.ranks.world_size == 1:  # a commit is the work of all ranks, and the others are elsewhere
+                self.commit()
+            raise
+
+    def break_off_if_asked(self) -> None:
+        """On a signal while a teacher is waited for. Several ranks cannot agree there: the last commit stays what it is."""
+        if self.ranks.world_size == 1:
+            self.stop_if_asked()
+        elif self.watch.received:
+            raise InterruptedRun("interrupted while an answer of the teacher was waited for; the same command goes on from the last "
+                                 "checkpoint", self.watch.received)  # fmt: skip
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """total / count of the window. DDP and FSDP2 average gradients over ranks, where the sum is meant: hence the world size."""
