@@ -19,6 +19,8 @@ app = typer.Typer(
 )  # fmt: skip
 recipes_app = typer.Typer(help="Lists the recipes of the library; `show NAME` prints one.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+cache_app = typer.Typer(help="Looks at caches of recorded answers, verifies them and puts them together.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a recipe of the library.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set here, as in training.batch_size=2.")]
@@ -87,6 +89,68 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from potstill.recipes.check import check as look
 
     raise typer.Exit(look(read))
+
+
+@app.command()
+def capture(
+    recipe: RecipeArgument, overrides: Overrides = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N shares, counted from 1, as in 2/8.")] = None,
+    engine: Annotated[str | None, typer.Option(help="ray: spread the work over a Ray cluster (pip install 'potstill[ray]').")] = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Records a teacher's answers to a recipe's rows, to train from later without it. The same command goes on where one was broken off."""
+    from potstill.recipes.precheck import precheck_capture
+    from potstill.recipes.read import read_recipe
+
+    read = read_recipe(recipe, overrides or ())
+    share = precheck_capture(read, recipe, shard, engine)
+    _quiet_libraries()
+    from potstill.recipes.capturing import capture_recipe
+
+    capture_recipe(read, recipe, shard=share, engine=engine, quiet=quiet)
+
+
+CachePath = Annotated[str, typer.Argument(help="The cache: a folder, or any path that fsspec knows.", show_default=False)]
+
+
+@cache_app.command("inspect")
+def cache_inspect(
+    path: CachePath,
+    teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Also ask this recipe's teacher, for what records lose.")] = None,
+) -> None:
+    """Answers, bytes a token, the mass of the kept ids, provenance; with a teacher at hand also what the records lose against it."""
+    _quiet_libraries()
+    from potstill.recipes.caches import inspect_cache
+
+    sys.stdout.write(_safe(inspect_cache(path, teacher)))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    path: CachePath,
+    recipe: Annotated[str | None, typer.Option(help="Also list the rows of this recipe that have no answer.")] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out what is damaged, so that the next capture asks for it again.")] = False,
+) -> None:
+    """Compares every record with its checksum. Exit code 1 where something is damaged or missing."""
+    _quiet_libraries()
+    from potstill.recipes.caches import verify_cache
+
+    text, code = verify_cache(path, recipe, drop=drop)
+    sys.stdout.write(_safe(text))
+    raise typer.Exit(code)
+
+
+@cache_app.command("merge")
+def cache_merge(
+    out: Annotated[str, typer.Argument(help="The cache to write; it may hold some of the answers already.", show_default=False)],
+    paths: Annotated[list[str], typer.Argument(help="The caches to take answers from.", show_default=False)],
+) -> None:
+    """Puts caches of one teacher that several machines made together. Exit code 1 where damaged answers could not be copied."""
+    from potstill.recipes.caches import merge_caches
+
+    text, code = merge_caches(out, paths)
+    sys.stdout.write(_safe(text))
+    raise typer.Exit(code)
 
 
 @recipes_app.callback()

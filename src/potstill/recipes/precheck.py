@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from potstill.data.config import DataConfig, MixtureItem
-from potstill.errors import ConfigError, ModelError
+from potstill.errors import ConfigError, ModelError, UsageError
 from potstill.models.config import LoadingConfig
 from potstill.recipes.fitting import Single, members
 from potstill.recipes.schema import Recipe
@@ -29,6 +29,28 @@ def precheck(recipe: Recipe) -> None:
             check_teacher(key, member)
     check_trackers(recipe)
     check_data(recipe.data)
+
+
+def precheck_capture(recipe: Recipe, name: str, shard: str | None, engine: str | None) -> tuple[int, int]:
+    """The share that `--shard I/N` names, as (index from 0, number of shares). Raises UsageError for what can be refused without torch."""
+    if recipe.capture is None:
+        raise ConfigError(f"{name}: capture: missing; say where the answers go, as in capture='{{path: caches/teacher, k: 64}}'")
+    if isinstance(recipe.teacher, CacheTeacherConfig):
+        raise ConfigError(
+            f"{name}: teacher.kind: a cache holds answers already; name the teacher itself to capture from it, or put caches together with "
+            "potstill cache merge OUT IN..."
+        )
+    if not recipe.objective.asks_teacher:
+        raise ConfigError(f"{name}: objective.kd_ratio: the teacher is never asked, so nothing would be captured; leave it out")
+    if engine not in (None, "ray"):
+        raise UsageError(f"--engine {engine}: there is ray; without it the ranks of torchrun, or --shard I/N on several machines")
+    if engine == "ray" and find_spec("ray") is None:
+        raise UsageError("--engine ray: it is not installed: pip install 'potstill[ray]'")
+    index, _, number = (shard or "1/1").partition("/")
+    if not (index.isdigit() and number.isdigit() and 1 <= int(index) <= int(number)):
+        raise UsageError(f"--shard {shard}: say which of how many, counted from 1, as in --shard 2/8")
+    precheck(recipe)
+    return int(index) - 1, int(number)
 
 
 def check_teacher(key: str, teacher: Single) -> None:
