@@ -83,6 +83,8 @@ def _check(path: str, done) -> None:
     _write(path, lambda key: None, asked)
     assert sorted(asked) == sorted(RECORDS.keys() - set(had)), "asked again, or not at all"
     assert len(_require_truth(path, RECORDS)) == len(RECORDS)
+    stored = [key for _, keys, _ in CacheReader(path).catalogue.by_segment(doubles=True) for key in keys]
+    assert len(stored) == len(RECORDS), "an answer lies in two segments"
     names = {name for name in place_at(path).sizes() if not name.startswith(".lock-")}
     parts = [found for name in names if (found := segment_of(name)) is not None]
     assert {name for name, kind in parts if kind == DATA} == {name for name, kind in parts if kind == INDEX}, "half a segment lies about"

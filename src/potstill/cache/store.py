@@ -224,7 +224,7 @@ class CacheWriter:
         """Keeps an answer for the next commit; one that is here already is passed over. A full shard is committed at once."""
         if len(key) != KEY_BYTES or rows < 0:
             raise ValueError(f"a key has {KEY_BYTES} bytes and rows count from 0; found {len(key)} bytes and {rows} rows")
-        if key in self._buffer or self.has(key):
+        if key in self._buffer:
             return
         self._buffer[key] = (rows, payload)
         self._buffered += len(payload)
@@ -234,6 +234,9 @@ class CacheWriter:
     def commit(self) -> None:
         """Durable on return: data first, then its index. After an error nothing of the failed segment counts, and what was added is kept
         for the next try."""
+        keys = list(self._buffer)
+        for number in np.flatnonzero(self.holds(keys)).tolist():
+            self._buffered -= len(self._buffer.pop(keys[number])[1])
         while self._buffer:
             part = self._next_part()
             commit(self._catalogue, self._next_name(), part)
