@@ -30,6 +30,7 @@ peers: .venv-peers/.done
 
 benchmarks: .venv-peers/.done
 	.venv-peers/bin/python benchmarks/fused_loss.py
+	.venv-peers/bin/python benchmarks/sparse_loss.py
 	.venv-peers/bin/python benchmarks/training_step.py
 
 .venv/bin/python:

@@ -6,11 +6,15 @@ gradient); Liger mixes in half of a cross-entropy unless told not to.
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from potstill.head import Head
 from potstill.objectives import DIVERGENCES, fused_distillation_loss
+from potstill.objectives.fused import fused_loss
+from potstill.signals import TopKOutcomes
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 CASES = pytest.mark.parametrize(
@@ -106,3 +110,21 @@ def test_the_formula_equals_torchs_own_kl():
     student, teacher = (torch.randn(5, 9, generator=generator).log_softmax(-1) for _ in range(2))
     wanted = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(DIVERGENCES["forward_kl"](student, teacher), wanted)
+
+
+@pytest.mark.parametrize("support", ["top_k_tail", "top_k_renormalised"])
+def test_trl_with_a_teacher_behind_a_server(support):
+    """Its forward KL of a top K, with the tail bucket and without; it mixes in no cross-entropy."""
+    server = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer").ServerDistillationTrainer
+    hidden, weight, teacher, teacher_weight, targets = inputs()
+    kept, ids = (teacher @ teacher_weight.T).log_softmax(-1).topk(5)
+    trainer = SimpleNamespace(loss_add_tail=support == "top_k_tail", _reduce_divergence_loss=server._reduce_divergence_loss)
+    loss = server._compute_server_forward_kl_loss
+    value = getattr(loss, "__wrapped__", loss)(
+        trainer, {"topk_logprobs": kept[None], "topk_token_ids": ids[None]}, (hidden @ weight.T)[None].log_softmax(-1), targets[None]
+    )
+    wanted = (value.detach(), *torch.autograd.grad(value, [hidden, weight]))
+    valid = targets != -100
+    record = TopKOutcomes(ids[valid], kept[valid], torch.log1p(-kept[valid].exp().sum(-1)))
+    mine = fused_loss(hidden[valid], Head(weight), record, targets[valid], kd_ratio=1.0, support=support).total / valid.sum()
+    torch.testing.assert_close((mine.detach(), *torch.autograd.grad(mine, [hidden, weight])), wanted, rtol=1e-5, atol=1e-6)
