@@ -49,6 +49,12 @@ def make_teacher(counter: Path | None = None) -> CountingTeacher:
     return CountingTeacher(CausalLM(tiny_llama(9, width=48, layers=1), VOCABULARY), counter)
 
 
+def make_teacher_on(device: str, counter: Path | None = None) -> CountingTeacher:
+    """As an actor on another machine makes it."""
+    torch.set_num_threads(1)
+    return make_teacher(counter)
+
+
 def make_format(outcomes: str = "top_k", **changes: Any) -> RecordFormat:
     given = {
         "top_k": {"k": 16}, "sampled": {"num_samples": 20}, "top_k_sampled": {"k": 4, "num_samples": 20},
