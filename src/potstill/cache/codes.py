@@ -23,20 +23,24 @@ class Codes:
         self.raw = quantiser.size + 1
         self.values = np.concatenate([[-np.inf], quantiser.log_probs, [-np.inf]]).astype(np.float32)
         """The log-probability of each code; -inf where the code alone does not say it."""
+        self.probabilities = np.exp(self.values)
         self._last = np.uint16(max(LAST, quantiser.cells(np.array([last], np.float32))[0] + 1))
 
     def of(self, log_probs: np.ndarray) -> np.ndarray:
         return self._quantiser.cells(log_probs) + np.uint16(1)
 
     def to_bytes(self, codes: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
-        """A byte for each: IMPLIED, or how far the code is before `last`, the code that has the byte LAST; LONG for all others."""
+        """A byte for each: how far the code is before `last`, the code that has the byte LAST; LONG for all others, IMPLIED among them."""
         before = codes - (self._last if last is None else last) + np.uint16(LAST - 1)  # wraps around below 0
-        short = np.minimum(before, np.uint16(LAST)).astype(np.uint8) + np.uint8(1)
+        return np.minimum(before, np.uint16(LAST)).astype(np.uint8) + np.uint8(1)
+
+    def to_bytes_of_rows(self, codes: np.ndarray) -> np.ndarray:
+        short = self.to_bytes(codes)
         short[codes == IMPLIED] = IMPLIED
         return short
 
     def from_bytes(self, short: np.ndarray, long: np.ndarray) -> np.ndarray:
-        """int32 codes of bytes that were written without `last`; `long` fills in for LONG in order."""
+        """int32 codes of the bytes of to_bytes_of_rows; `long` fills in for LONG in order."""
         codes = short.astype(np.int32) + (int(self._last) - LAST)
         codes[short == IMPLIED] = IMPLIED
         where = short == LONG

@@ -63,29 +63,37 @@ class Blocks:
             own += np.uint16(chunks[-1])
             keys >>= np.uint32(bits)
             chunks[-1] += n
-        return Pairs(ids, numbers, chunks, self._k)
+        return Pairs(ids, numbers, chunks, self._k, self._id_bits)
 
 
 class Pairs:
     """Ids, each with the number of its row within a chunk; so many rows have the chunks, which are put in order one by one."""
 
-    def __init__(self, ids: np.ndarray, rows: np.ndarray, chunks: list[int], k: int):
-        self.ids, self._rows, self._chunks, self._k = ids, rows, chunks, k
+    def __init__(self, ids: np.ndarray, rows: np.ndarray, chunks: list[int], k: int, id_bits: int):
+        self.ids, self._rows, self._chunks, self._k, self._id_bits = ids, rows, chunks, k, id_bits
 
-    def by_row(self, values: np.ndarray) -> np.ndarray:
-        """Values of the pairs as [rows, K], each row's in ascending order."""
+    def by_row(self, ranks: np.ndarray, rank_bits: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ids and ranks as [rows, K], each row in the order of ranks, then ids. Ranks are below 2 ** rank_bits."""
         k, start = self._k, 0
-        ordered = np.empty((len(values) // k, k), values.dtype)
+        ids, ordered = np.empty((len(ranks) // k, k), np.int64), np.empty((len(ranks) // k, k), np.int32)
+        shift = rank_bits + self._id_bits
+        kind = np.uint32 if shift + row_bits(max(self._chunks)) <= 32 else np.uint64
         for n in self._chunks:
             part = slice(start * k, (start + n) * k)
-            order = np.argsort(self._rows[part], kind="stable")  # of 16-bit numbers: a radix sort
-            every, ends = np.arange(n), self._rows[part].take([order[::k], order[k - 1 :: k]])
-            if (ends != every).any():
+            keys = self._rows[part].astype(kind)
+            keys <<= kind(rank_bits)
+            keys |= ranks[part]
+            keys <<= kind(self._id_bits)
+            keys |= self.ids[part]
+            keys.sort()
+            if (keys[:: k] >> kind(shift) != np.arange(n)).any() or (keys[k - 1 :: k] >> kind(shift) != np.arange(n)).any():
                 raise damaged("a row has more or fewer ids than K")
-            values[part].take(order, out=ordered[start : start + n].reshape(-1), mode="clip")
-            ordered[start : start + n].sort(axis=1)
+            keys = keys.reshape(n, k)
+            np.bitwise_and(keys, kind((1 << self._id_bits) - 1), out=ids[start : start + n], casting="unsafe")
+            keys >>= kind(self._id_bits)
+            np.bitwise_and(keys, kind((1 << rank_bits) - 1), out=ordered[start : start + n], casting="unsafe")
             start += n
-        return ordered
+        return ids, ordered
 
 
 def row_bits(n: int) -> int:

@@ -33,7 +33,6 @@ class TopKCodec:
         self._k, self._temperature, self._vocabulary = format.k, format.temperature, format.vocabulary_size
         self._codes = Codes(Quantiser(format.k + 1), _LEAST_OF_ROWS)
         self._target_codes = Codes(Quantiser(max(format.k + 1, 33), _WIDEST_OF_TARGETS), _LEAST_OF_ROWS)
-        self._offset = self._codes.raw + 1
         self._id_bits = max(format.vocabulary_size - 1, 1).bit_length()
         self._blocks = Blocks(format.k, self._id_bits)
 
@@ -43,39 +42,40 @@ class TopKCodec:
         if len(record) == 0:
             return join(_UNKNOWN if record.target_log_probs is None else _KNOWN, [])
         log_probs, tails = _float32(record.log_probs), _float32(record.log_tail)
-        codes, tail_codes, largest, kept = self._code_rows(log_probs, tails)
+        codes, tail_codes, largest, implied = self._code_rows(log_probs, tails)
         raw = codes == self._codes.raw
         base = (np.where(raw, np.uint16(0), codes) if raw.any() else codes).max(axis=1)
         short, ids = self._codes.to_bytes(codes, base[:, None]), record.ids.numpy()
+        short[implied] = IMPLIED
         gaps, ordered = self._blocks.by_id(ids, short)
-        rows, places = np.nonzero(short == LONG)  # few: put in order on their own
+        rows, places = np.divmod(np.flatnonzero(short == LONG), self._k)  # few: put in order on their own
         order = np.argsort(self._blocks.keys_of(ids[rows, places], rows), kind="stable")
         kept_long, kept_raw = (values[rows[order], places[order]] for values in (codes, log_probs))
-        bases, tail_bytes = self._codes.to_bytes(base), self._codes.to_bytes(tail_codes)
+        bases, tail_bytes = self._codes.to_bytes_of_rows(base), self._codes.to_bytes_of_rows(tail_codes)
         row_bytes, longs = [bases, tail_bytes], [kept_long, base[bases == LONG], tail_codes[tail_bytes == LONG], _NOTHING]
         raws = [kept_raw[kept_long == self._codes.raw], tails[tail_codes == self._codes.raw], _NOTHING]
         if record.target_log_probs is not None:
             targets = _float32(record.target_log_probs)
             target_codes = self._target_codes.of(targets)
-            target_codes[kept & (targets == largest)] = IMPLIED
-            row_bytes.append(self._target_codes.to_bytes(target_codes))
+            target_codes[implied[0][targets[implied[0]] == largest[implied[0]]]] = IMPLIED
+            row_bytes.append(self._target_codes.to_bytes_of_rows(target_codes))
             longs[3], raws[2] = target_codes[row_bytes[2] == LONG], targets[target_codes == self._target_codes.raw]
         return join(
             _UNKNOWN if record.target_log_probs is None else _KNOWN,
             [*split_gaps(gaps), ordered, np.concatenate(row_bytes), *(part.astype("<u2") for part in longs), *raws],
         )
 
-    def _code_rows(self, log_probs: np.ndarray, tails: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Codes of the kept ids and of the tails, the largest kept log-probabilities, and in which rows that one is left out."""
+    def _code_rows(self, log_probs: np.ndarray, tails: np.ndarray) -> tuple:
+        """Codes of the kept ids and of the tails, the largest kept log-probabilities, and the places (rows, columns) that are implied."""
         codes, tail_codes = self._codes.of(log_probs), self._codes.of(tails)
         every, top = np.arange(len(tails)), log_probs.argmax(axis=1)
         largest = log_probs[every, top]
         mass = np.exp(log_probs).sum(axis=1) + np.exp(tails)
-        implied = (np.abs(mass - 1) < _MASS_ERROR) & (np.maximum(largest, tails) > np.log(_LEAST_IMPLIED))
-        kept = implied & (largest >= tails)
-        codes[every[kept], top[kept]] = IMPLIED
-        tail_codes[implied & ~kept] = IMPLIED
-        return codes, tail_codes, largest, kept
+        has_implied = (np.abs(mass - 1) < _MASS_ERROR) & (np.maximum(largest, tails) > np.log(_LEAST_IMPLIED))
+        kept = np.flatnonzero(has_implied & (largest >= tails))
+        codes[kept, top[kept]] = IMPLIED
+        tail_codes[has_implied & (largest < tails)] = IMPLIED
+        return codes, tail_codes, largest, (kept, top[kept])
 
     # --- decoding ---------------------------------------------------------------------------------------------------------------
 
@@ -115,64 +115,59 @@ class TopKCodec:
         base = self._codes.from_bytes(columns[0], numbers(base_long, "<u2"))
         tail_codes = self._codes.from_bytes(columns[1], numbers(tail_long, "<u2"))
         tails[:] = self._codes.log_probs(tail_codes, numbers(tail_raw, "<f4"))
-        ranks, raws = self._ranks(short, numbers(kept_long, "<u2"), numbers(kept_raw, "<f4"))
-        implied = self._put_in_order(self._blocks.pairs(join_gaps(gaps), rows), ranks, raws, kept_long.size > 0, base, ids, log_probs)
-        _normalise(implied, tail_codes == IMPLIED, log_probs, tails)
+        pairs = self._blocks.pairs(join_gaps(gaps), rows)
+        if pairs.ids.max() >= self._vocabulary:
+            raise damaged("an id lies outside the vocabulary")
+        if (short == LONG).any():
+            ids[:], mass, implied = self._with_long(pairs, short, numbers(kept_long, "<u2"), numbers(kept_raw, "<f4"), base, log_probs)
+        else:
+            ids[:], codes = pairs.by_row(short, 8)
+            implied = codes[:, 0] == IMPLIED
+            codes += (base - LAST)[:, None]
+            codes[implied, 0] = IMPLIED
+            mass = self._look_up(codes, log_probs)
+        _normalise(implied, tail_codes == IMPLIED, mass, log_probs, tails)
         if known:
             target_codes = self._target_codes.from_bytes(columns[2], numbers(target_long, "<u2"))
             targets[:] = self._target_codes.log_probs(target_codes, numbers(target_raw, "<f4"))
             np.copyto(targets, log_probs[:, 0], where=target_codes == IMPLIED)
         return firsts
 
-    def _ranks(self, short: np.ndarray, long: np.ndarray, raws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each kept outcome that ascends as a row's probabilities descend, and the values kept as they are, descending.
+    def _look_up(self, codes: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        """Fills in the log-probabilities of the codes, -inf for what is implied or kept as it is; returns the rows' mass."""
+        self._codes.values.take(codes, out=log_probs, mode="clip")
+        return self._codes.probabilities.take(codes, mode="clip").sum(axis=1)
 
-        0 is what the others leave; then long codes; then, from `_offset` on, bytes; then the values kept as they are.
+    def _with_long(self, pairs: Pairs, short, long, raws, base, log_probs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where some outcomes have long codes or are kept as they are: ids, mass, and in which rows the first outcome is implied.
+
+        Ranks ascend as a row's probabilities descend: 0 is what is implied; then come long codes; then, from `offset` on, bytes; then
+        the values kept as they are.
         """
         (where,) = np.nonzero(short == LONG)
-        raw = long == self._codes.raw
+        raw, offset = long == self._codes.raw, self._codes.raw + 1
         if where.size != long.size or (long > self._codes.raw).any() or np.count_nonzero(raw) != raws.size or np.isnan(raws).any():
             raise damaged("its values do not fit its codes")
-        wide = (self._offset + LONG + 1 + raws.size) << self._id_bits > 2**32
-        ranks = short.astype(np.int64 if wide else np.uint32)
-        ranks += ranks.dtype.type(self._offset)
-        ranks[np.nonzero(short == IMPLIED)] = 0
+        ranks = short.astype(np.uint32) + np.uint32(offset)
+        ranks[short == IMPLIED] = 0
         own = long.astype(np.int64)
-        own[raw] = self._offset + LONG + 1 + np.argsort(np.argsort(-raws, kind="stable"))
+        own[raw] = offset + LONG + 1 + np.argsort(np.argsort(-raws, kind="stable"))
         ranks[where] = own
-        return ranks, -np.sort(-raws)
-
-    def _put_in_order(self, pairs: Pairs, ranks, raws, has_long: bool, base, ids, log_probs) -> np.ndarray:
-        """Fills ids and log-probabilities; returns in which rows the first is what the others leave of 1."""
-        if pairs.ids.size != ranks.size or pairs.ids.max() >= self._vocabulary:
-            raise damaged("an id lies outside the vocabulary")
-        ranks <<= ranks.dtype.type(self._id_bits)
-        ranks |= pairs.ids
-        ordered = pairs.by_row(ranks)
-        np.bitwise_and(ordered, ordered.dtype.type((1 << self._id_bits) - 1), out=ids, casting="unsafe")
-        ordered >>= ordered.dtype.type(self._id_bits)
-        implied = ordered[:, 0] == 0
-        codes = ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
-        shift = (base - (self._offset + LAST)).astype(codes.dtype)[:, None]
-        if has_long:
-            ranks = codes.copy()
-            codes += shift
-            np.copyto(codes, ranks, where=(ranks > 0) & (ranks < self._offset))
-            self._codes.values.take(codes, out=log_probs, mode="clip")
-            kept_raw = ranks > self._offset + LONG
-            log_probs[kept_raw] = raws[ranks[kept_raw] - (self._offset + LONG + 1)]
-        else:
-            codes += shift
-            self._codes.values.take(codes, out=log_probs, mode="clip")  # what is implied lies before the first: -inf
-        return implied
+        ids, ranks = pairs.by_row(ranks, (offset + LONG + 1 + raws.size).bit_length())
+        kept_raw = ranks > offset + LONG
+        codes = np.where(ranks < offset, ranks, ranks + (base - (offset + LAST))[:, None])
+        codes[kept_raw] = self._codes.raw
+        mass = self._look_up(codes, log_probs)
+        log_probs[kept_raw] = -np.sort(-raws)[ranks[kept_raw] - (offset + LONG + 1)]
+        return ids, mass, ranks[:, 0] == IMPLIED
 
 
-def _normalise(top_implied: np.ndarray, tail_implied: np.ndarray, log_probs: np.ndarray, tails: np.ndarray) -> None:
+def _normalise(top_implied: np.ndarray, tail_implied: np.ndarray, mass: np.ndarray, log_probs: np.ndarray, tails: np.ndarray) -> None:
     """In place: the outcome that was left out is what the others leave of 1, and where none was all are scaled to add up to 1."""
     top_implied = top_implied & ~tail_implied
     stored = ~(top_implied | tail_implied)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        mass = np.exp(log_probs).sum(axis=1) + np.exp(tails)
+        mass = mass + np.exp(tails)
         rest = np.log(np.maximum(1 - mass, np.finfo(np.float32).tiny))
         np.copyto(log_probs[:, 0], rest, where=top_implied)
         np.copyto(tails, rest, where=tail_implied)
