@@ -52,6 +52,8 @@ def record(path, teacher, examples, format: RecordFormat, *, project_on=None, se
     with CacheWriter(str(path), Provenance({**PROVENANCE, **provenance}), format, extra_files=extra) as writer:
         for index in range(len(examples)):
             key, batch = examples.digest(index), collate([[replace(examples[index], route="")]], pad_token=0)
+            if not batch.num_targets:
+                continue  # nothing is asked of it, so nothing is recorded
             outcomes = teacher.score(batch, Needs("full")).outcomes
             draws = torch.from_numpy(uniforms(seed, key, batch.num_targets, format.num_samples)) if format.num_samples else None
             answer = record_of(outcomes, Asked(batch.target_rows()[1], draws), format, project_on=project_on)
