@@ -233,16 +233,19 @@ class ObjectStore:
             return bytes(self._system.cat_file(path))
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        found: list[bytes] = []
-        for first in range(0, len(ranges), _RANGES_AT_ONCE):
-            names, starts, stops = (list(column) for column in zip(*ranges[first : first + _RANGES_AT_ONCE], strict=True))
+        found = [b""] * len(ranges)
+        asked = [(number, wanted) for number, wanted in enumerate(ranges) if wanted[2] > wanted[1]]  # HTTP knows no range of nothing
+        for first in range(0, len(asked), _RANGES_AT_ONCE):
+            part = asked[first : first + _RANGES_AT_ONCE]
+            names, starts, stops = (list(column) for column in zip(*(wanted for _, wanted in part), strict=True))
+            paths = [self._path(name) for name in names]
             with self._explaining(""):
-                answers = self._system.cat_ranges([self._path(name) for name in names], starts, stops, on_error="return")
-            for name, answer in zip(names, answers, strict=True):
+                answers = self._system.cat_ranges(paths, starts, stops, on_error="return")
+            for (number, (name, _, _)), answer in zip(part, answers, strict=True):
                 with self._explaining(name):
                     if isinstance(answer, Exception):
                         raise answer
-                found.append(bytes(answer))
+                found[number] = bytes(answer)
         return found
 
     def put(self, name: str, data: bytes | memoryview) -> None:

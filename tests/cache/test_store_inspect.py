@@ -1,6 +1,7 @@
 """`inspect` says what a cache holds: every number against an independent count, in probability space and float64."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -122,3 +123,17 @@ def test_decoded_answers_come_in_the_order_of_the_keys_and_a_payload_that_does_n
         writer.add(b"b" * 16, 3, b"not a payload")
     with pytest.raises(StorageError, match=rf"0-of-1-\d+\.arrow: the answer {(b'b' * 16).hex()}: does not decode"):
         CacheReader(str(tmp_path)).read([keys[0], b"b" * 16])
+
+
+def test_a_damaged_answer_is_said_and_the_others_are_counted(tmp_path):
+    _write(tmp_path, EXACT, [_top_k(20, seed)[0] for seed in range(5)])
+    (shard,) = tmp_path.glob("*.arrow")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    found = inspect(str(tmp_path))
+    assert (found.rows, found.contents.rows) == (100, 80)
+    os.truncate(shard, len(data) // 2)
+    text = inspection_text(inspect(str(tmp_path)))
+    assert "damaged" in text
+    assert "of its 5 records are lost" in text

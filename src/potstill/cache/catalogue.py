@@ -97,7 +97,8 @@ class Catalogue:
     def within(self, names: Iterable[SegmentName]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and entries of these segments, in the order in which they lie, each key once (the latest)."""
         table = self._whole()
-        here = np.isin(table.entries["segment"], [number for number, name in enumerate(self.segments) if name in set(names)])
+        wanted = set(names)
+        here = np.isin(table.entries["segment"], [number for number, name in enumerate(self.segments) if name in wanted])
         part = _Table(table.keys[here], table.entries[here])
         part = _Table(part.keys[part.firsts()], part.entries[part.firsts()])
         order = np.lexsort((part.entries["offset"], part.entries["segment"]))

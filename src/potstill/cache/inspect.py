@@ -13,9 +13,10 @@ from torch import Tensor
 from potstill.cache.catalogue import Damage
 from potstill.cache.provenance import NOTES, Provenance, shown
 from potstill.cache.records import DrawnTokens, Record, RecordFormat, TopKAndDrawn
-from potstill.cache.segments import INDEX, segment_of
+from potstill.cache.segments import INDEX, key_list, segment_of
 from potstill.cache.store import CacheReader
 from potstill.cache.verify import unfinished
+from potstill.errors import StorageError
 from potstill.signals import ProjectedOutcomes, TopKOutcomes
 
 _SEQUENCES_AT_ONCE = 64
@@ -80,21 +81,23 @@ def inspect(path: str, *, sample_rows: int = 200_000, seed: int = 0) -> Inspecti
 
 
 def _sample(reader: CacheReader, rows: int, wanted: int, seed: int) -> list[bytes]:
-    keys = list(reader.keys())
-    if rows <= wanted:
-        return keys
-    share = max(1, round(len(keys) * wanted / rows))
-    return [keys[number] for number in np.random.default_rng(seed).permutation(len(keys))[:share]]
+    keys = reader.catalogue.keys()
+    if rows > wanted:
+        share = max(1, round(len(keys) * wanted / rows))
+        keys = keys[np.random.default_rng(seed).permutation(len(keys))[:share]]
+    return key_list(keys)
 
 
 def _contents(reader: CacheReader, keys: Sequence[bytes]) -> Contents:
     found: list[dict[str, Tensor]] = []
     for first in range(0, len(keys), _SEQUENCES_AT_ONCE):
         part = keys[first : first + _SEQUENCES_AT_ONCE]
-        payloads, _ = reader.whole_payloads(part)
-        whole = [key for key, payload in zip(part, payloads, strict=True) if payload is not None]
-        if whole:
-            found.append(measures(reader.read(whole)))
+        try:
+            found.append(measures(reader.read(part)))
+        except StorageError:  # some of them are damaged; the rest is looked at
+            payloads, _ = reader.whole_payloads(part)
+            whole = [key for key, payload in zip(part, payloads, strict=True) if payload is not None]
+            found += [measures(reader.read(whole))] if whole else []
     columns = {name: torch.cat([part[name] for part in found]).double() for name in (found[0] if found else {})}
     if not columns or not len(columns["rows"]):
         return Contents(0)

@@ -53,7 +53,9 @@ def verify(path: str, expected: Iterable[tuple[bytes, str]] | None = None, *, dr
             broken = _broken(reader, name, keys[part], entries[part])
             damaged.update(dict.fromkeys(key_list(keys[part][broken]), f"{name}{DATA}"))
             whole += int((~broken).sum())
-    missing = {key: origin for key, origin in expected or () if key not in reader or key in damaged}
+    wanted = list(expected or ())
+    held = reader.holds([key for key, _ in wanted])
+    missing = {key: origin for (key, origin), here in zip(wanted, held, strict=True) if not here or key in damaged}
     for damage in reader.damage:
         missing.update({key: missing.get(key, "") for key in damage.keys if key not in reader})
     found = (*of_files, *reader.damage)
