@@ -6,7 +6,7 @@ JOBS ?= 2
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test check trials peers benchmarks clean
+.PHONY: quickstart test check trials peers benchmarks ray awq clean
 
 quickstart: .venv/.run
 	$(BIN)/potstill quickstart $(ARGS)
@@ -20,7 +20,7 @@ check: .venv/.dev
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-# Minutes each: the full quickstart with its scrambled twin, launches of several processes, long kill loops.
+# Minutes each: the full quickstart with its scrambled twin, launches of several processes, long kill loops of runs and captures.
 trials: .venv/.test
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
@@ -32,6 +32,14 @@ benchmarks: .venv-peers/.done
 	.venv-peers/bin/python benchmarks/fused_loss.py
 	.venv-peers/bin/python benchmarks/sparse_loss.py
 	.venv-peers/bin/python benchmarks/training_step.py
+
+# Capture on a Ray cluster of one machine, in an environment of its own: Ray brings a server that no run needs.
+ray: .venv-ray/.done
+	.venv-ray/bin/python -m pytest -q -m "ray or not ray" tests/capture/test_ray.py $(ARGS)
+
+# AWQ and GPTQ teachers on a processor; gptqmodel compiles kernels when it is installed.
+awq: .venv-awq/.done
+	.venv-awq/bin/python -m pytest -q tests/models/test_quantised_teachers.py tests/models/test_prequantised.py $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -58,5 +66,17 @@ benchmarks: .venv-peers/.done
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-peers/bin/python -m pip install --quiet -e ".[test]" trl liger-kernel torchtune torchao
 	touch $@
 
+.venv-ray/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-ray/bin/python -m pip install --quiet torch
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-ray/bin/python -m pip install --quiet -e ".[test,ray]"
+	touch $@
+
+.venv-awq/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-awq
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet torch
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet -e ".[test,awq]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers runs
+	rm -rf .venv .venv-peers .venv-ray .venv-awq runs

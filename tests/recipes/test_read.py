@@ -61,6 +61,12 @@ def test_the_library_holds_the_published_runs_and_their_twins():
         "qwen2-1.5b-teacher-lora",
         "qwen2-0.5b-from-1.5b",
         "qwen2-0.5b-sft",
+        "qwen1.5-14b-from-32b-awq",
+        "qwen1.5-14b-from-32b-awq-and-text",
+        "qwen1.5-14b-sft",
+        "qwen2-7b-top100-capture",
+        "qwen2-0.5b-from-top100",
+        "qwen2-0.5b-top100-sft",
     }
 
 
@@ -83,7 +89,14 @@ def test_the_llama_student_is_as_published():
 
 
 @pytest.mark.parametrize(
-    ("student", "twin"), [("llama3.2-1b-from-8b", "llama3.2-1b-sft"), ("qwen2-0.5b-from-1.5b", "qwen2-0.5b-sft")]
+    ("student", "twin"),
+    [
+        ("llama3.2-1b-from-8b", "llama3.2-1b-sft"),
+        ("qwen2-0.5b-from-1.5b", "qwen2-0.5b-sft"),
+        ("qwen1.5-14b-from-32b-awq", "qwen1.5-14b-sft"),
+        ("qwen1.5-14b-from-32b-awq-and-text", "qwen1.5-14b-sft"),
+        ("qwen2-0.5b-from-top100", "qwen2-0.5b-top100-sft"),
+    ],
 )
 def test_a_twin_differs_by_the_teacher_alone(student, twin):
     taught, alone = read_recipe(student), read_recipe(twin)
@@ -101,6 +114,22 @@ def test_the_teacher_of_a_student_is_what_its_own_recipe_trains(student, teacher
     assert taught.path == trained.student.path
     assert taught.adapter == f"{trained.run.folder}/adapter"
     assert (trained.student.lora.rank, trained.student.lora.alpha) == (8, 16)
+
+
+def test_the_quantised_teacher_teaches_alone_and_beside_the_text():
+    alone, both = read_recipe("qwen1.5-14b-from-32b-awq"), read_recipe("qwen1.5-14b-from-32b-awq-and-text")
+    assert (alone.teacher, alone.student, alone.data, alone.training) == (both.teacher, both.student, both.data, both.training)
+    assert (alone.objective.weights, both.objective.weights) == ((1.0, 0.0), (0.5, 0.5))
+    assert (alone.student.quantization, alone.data.max_tokens, alone.teacher.path) == ("4bit", 1024, "Qwen/Qwen1.5-32B-Chat-AWQ")
+
+
+def test_the_offline_student_learns_from_what_the_capture_recipe_records():
+    recorded, taught = read_recipe("qwen2-7b-top100-capture"), read_recipe("qwen2-0.5b-from-top100")
+    assert recorded.capture.path == taught.teacher.path
+    assert (recorded.student, recorded.data, recorded.objective) == (taught.student, taught.data, taught.objective)
+    assert (recorded.capture.outcomes, recorded.capture.k) == ("top_k", 100)
+    assert (taught.objective.support, taught.objective.weights) == ("top_k_renormalised", (1.0, 0.4))
+    assert (taught.training.global_batch, taught.training.learning_rate, taught.training.weight_decay) == (128, 1e-5, 0.01)
 
 
 # ---------------------------------------------------------------- mutations
@@ -122,14 +151,16 @@ def test_a_mutated_key_is_refused_by_name(name, path):
 
 @pytest.mark.parametrize(("name", "path"), KEYS, ids=lambda value: value if isinstance(value, str) else ".".join(value))
 def test_a_key_in_the_wrong_section_is_refused(name, path):
-    for section in (set(LIBRARY[name]) | {"lora"}) - {path[0], *path[-2:]}:
+    lora = {"lora"} if "lora" in LIBRARY[name]["student"] else set()
+    for section in (set(LIBRARY[name]) | lora) - {path[0], *path[-2:]}:
         values, holder = changed(name, path)
         target = values["student"]["lora"] if section == "lora" else values[section]
         if path[-1] in target or path[0] == path[-1]:
             continue
         value = holder.pop(path[-1])
         target[path[-1]] = value
-        fields = LoraConfig.model_fields if section == "lora" else _models(Recipe.model_fields[section].annotation)[0].model_fields
+        models = [LoraConfig] if section == "lora" else _models(Recipe.model_fields[section].annotation)
+        fields = next(model for model in models if len(models) == 1 or target["kind"] in str(model.model_fields["kind"])).model_fields
         if path[-1] not in fields:  # else the other section has a key of this name too, such as path or seed
             assert f".{path[-1]}: unknown key" in refusal(values)
 

@@ -5,7 +5,7 @@ Whatever can be refused without weights is refused before the run folder is made
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
@@ -169,14 +169,17 @@ def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Tea
     size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, own_device()
     objective = make_objective(recipe, size, num_steps=_about_steps(recipe, preparation))
     teacher = None
-    if recipe.teacher is not None and recipe.objective.asks_teacher:
-        teacher = make_teacher(recipe, preparation)
-        require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
-        require_answers(teacher, preparation.data.train, preparation.data.validation)
-    student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
-    if recipe.run.merge_adapter:
-        refuse_unmergeable(student.inner)
-    prove(student, packed=recipe.data.packing)
+    with ExitStack() as opened:
+        if recipe.teacher is not None and recipe.objective.asks_teacher:
+            teacher = make_teacher(recipe, preparation)
+            opened.callback(teacher.close)
+            require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
+            require_answers(teacher, preparation.data.train, preparation.data.validation)
+        student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
+        if recipe.run.merge_adapter:
+            refuse_unmergeable(student.inner)
+        prove(student, packed=recipe.data.packing)
+        opened.pop_all()
     return Distiller(student, objective), teacher
 
 
