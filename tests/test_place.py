@@ -11,10 +11,11 @@ from potstill.errors import RunFolderError, StorageError
 from potstill.place import Folder, ObjectStore, place_at
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "disk behind fsspec"])
 def place(request, tmp_path):
-    if request.param == "folder":
-        yield place_at(str(tmp_path / "deep" / "place"))
+    if request.param != "memory":
+        path = str(tmp_path / "deep" / "place")
+        yield place_at(path) if request.param == "folder" else ObjectStore(f"file://{path}")
         return
     yield place_at(f"memory://{tmp_path.name}/deep/place/")
     fsspec.filesystem("memory").store.clear()
@@ -59,6 +60,7 @@ def test_names_stay_inside(place, name):
 def test_a_url_is_an_object_store_and_a_path_a_folder(tmp_path):
     assert isinstance(place_at("memory://x"), ObjectStore)
     assert isinstance(place_at(f"file://{tmp_path}"), Folder)
+    assert isinstance(place_at(f"local://{tmp_path}"), Folder)
     assert isinstance(place_at("a/b:c"), Folder)
     with pytest.raises(StorageError, match="nonsense://x"):
         place_at("nonsense://x")

@@ -65,8 +65,9 @@ def place_at(path: str) -> Place:
     """A folder for a plain path or file://, else what fsspec makes of the URL. Raises StorageError where it makes nothing of it."""
     if "://" not in path and "::" not in path:
         return Folder(Path(path))
-    if path.startswith("file://"):
-        return Folder(Path(path.removeprefix("file://")))
+    for scheme in ("file://", "local://"):
+        if path.startswith(scheme):
+            return Folder(Path(path.removeprefix(scheme)))
     return ObjectStore(path)
 
 

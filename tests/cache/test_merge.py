@@ -171,6 +171,26 @@ def test_what_is_dropped_is_asked_for_again(tmp_path):
     _require(path, KEYS)
 
 
+@pytest.mark.parametrize("fault", ["torn", "power_loss"])
+def test_dropping_that_was_broken_off_anywhere_loses_nothing_whole(fault, tmp_path):
+    def prepare(root):
+        _write(root / "cache", KEYS[1:9])
+        _damage(root / "cache", KEYS[3])
+
+    def check(root, done):
+        reader = CacheReader(str(root / "cache"))
+        whole = [*{*reader.keys()} - {KEYS[3]}]
+        assert sorted(whole) == sorted(key for key in KEYS[1:9] if key != KEYS[3])
+        assert reader.payloads(whole)[0] == [RECORDS[key][1] for key in whole]
+        assert KEYS[3] not in reader or not done
+
+    def run(root, done):
+        verify(str(root / "cache"), drop=True)
+        done("dropped")
+
+    assert explore(Workload(prepare, run, check), tmp_path / "scratch", fault) > 10
+
+
 def test_nothing_is_dropped_under_a_writer_at_work(tmp_path):
     path = _write(tmp_path / "cache", KEYS)
     _damage(tmp_path / "cache", KEYS[33])
