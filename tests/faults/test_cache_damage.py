@@ -13,6 +13,7 @@ from faultfs import without_syncing
 from naive_cache import NaiveCache
 from potstill.cache.provenance import Provenance
 from potstill.cache.records import RecordFormat
+from potstill.cache.segments import decode_index, encode_data, encode_index, key_list, rebuild_index
 from potstill.cache.store import CacheReader, CacheWriter
 from potstill.cache.verify import verify
 from potstill.errors import CacheError, PotstillError, StorageError
@@ -171,6 +172,47 @@ def test_an_index_that_is_damaged_is_made_anew_from_its_data(tmp_path):
         index.write_bytes(damaged)
         _require_whole(tmp_path / "cache", RECORDS)
         assert "made anew" in str(CacheReader(str(tmp_path / "cache")).damage[0])
+
+
+def test_files_that_were_forged_are_refused_in_our_own_words_and_no_altered_answer_comes_of_them():
+    """Damage in several places at once, and a checksum that was made to fit it: nothing but a refusal or the truth."""
+    draw = random.Random(5)
+    records = [(key, rows, payload) for key, (rows, payload) in list(RECORDS.items())[:20]]
+    data, index = encode_data(records, "cache")
+    body, truth = encode_index(index)[:-8], {key: (rows, payload) for key, rows, payload in records}
+    refused = 0
+    for number in range(1500):
+        forged = bytearray(data if number % 2 else body)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            forged[draw.randrange(len(forged))] = draw.randrange(256)
+        forged = bytes(forged)
+        try:
+            if number % 2:
+                found, _ = rebuild_index(forged)
+                for key, entry in zip(key_list(found.keys), found.entries, strict=True):
+                    payload = forged[entry["offset"] : entry["offset"] + entry["length"]]
+                    assert truth[key] == (entry["rows"], payload), "an altered answer was used"
+            else:
+                found = decode_index(forged + xxhash.xxh3_64_intdigest(forged).to_bytes(8, "little"))
+                ends = found.entries["offset"] + found.entries["length"]
+                assert not len(ends) or (found.entries["offset"].min() >= 0 and ends.max() <= found.size)
+        except StorageError:
+            refused += 1
+    assert refused > 300
+
+
+def test_a_damaged_index_beside_damaged_data_is_a_damage_and_no_crash(tmp_path):
+    _write(tmp_path / "cache", shard_bytes=20_000)
+    (index, *_), (shard, *_) = sorted((tmp_path / "cache").glob("*.index")), sorted((tmp_path / "cache").glob("*.arrow"))
+    index.write_bytes(index.read_bytes()[:-1])
+    whole = shard.read_bytes()
+    for damaged in (whole[: len(whole) // 2], bytes(len(whole)), b"", whole[:-200] + bytes(200)):
+        shard.write_bytes(damaged)
+        reader = CacheReader(str(tmp_path / "cache"))
+        assert 0 < len(reader) < len(RECORDS)
+        _require_whole(tmp_path / "cache", list(reader.keys()))
+        assert "its records are lost" in str(reader.damage[0])
+        assert verify(str(tmp_path / "cache")).exit_code == 1
 
 
 def test_a_naive_cache_does_not_notice_flipped_bits(tmp_path):

@@ -28,6 +28,9 @@ _INDEX_SCHEMA = pa.schema(
 _METADATA = b"potstill"
 _CHECKSUM_BYTES = 8
 RECORD_OVERHEAD, SEGMENT_OVERHEAD = 36, 4096   # at most, beside the payloads
+_LARGEST = 2**62
+# What pyarrow, json and numpy raise for bytes that are not what they should be; pyarrow's are OSErrors too.
+_UNREADABLE = (pa.ArrowException, OSError, StopIteration, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 # Where one record lies; `segment` is a number that the catalogue gives, 0 within one index.
 ENTRY = np.dtype([("segment", "<i4"), ("rows", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("xxh3", "<u8")])
@@ -113,7 +116,9 @@ def _locate(data: pa.Buffer) -> Index:
         entries["rows"], entries["xxh3"] = _values(batch, "rows", np.int32), _values(batch, "xxh3", np.uint64)
         entries["offset"], entries["length"] = first + offsets[:-1], np.diff(offsets)
         keys = _values(batch, "key", KEY)
-    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except StorageError:
+        raise
+    except _UNREADABLE as error:
         raise StorageError(f"not a data file of a cache ({type(error).__name__})") from error
     index = Index(keys, entries, data.size, frame_checksum(memoryview(data).cast("B"), entries), str(cache))
     _check_bounds(index)
@@ -163,8 +168,11 @@ def decode_index(data: bytes) -> Index:
         for name in ("rows", "offset", "length", "xxh3"):
             entries[name] = _values(batch, name, ENTRY[name])
         keys = _values(batch, "key", KEY)
-        index = Index(keys, entries, int(facts["size"]), int(facts["frame"]), str(facts["cache"]))
-    except (pa.ArrowException, StopIteration, ValueError, KeyError, TypeError) as error:
+        size = min(int(facts["size"]), _LARGEST)
+        index = Index(keys, entries, size, int(facts["frame"]), str(facts["cache"]))
+    except StorageError:
+        raise
+    except _UNREADABLE as error:
         raise StorageError(f"not an index of a cache ({type(error).__name__})") from error
     _check_bounds(index)
     return index
