@@ -106,6 +106,12 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch(place, mistake):
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--output", "x"], "no run here"),
         (["recipes", "show", "qwen2"], "near it"),
+        (["capture", "qwen2-0.5b-sft"], "capture: missing; say where the answers go"),
+        (["capture", "qwen2-0.5b-from-top100", "capture={path: c}"], "a cache holds answers already"),
+        (["capture", "qwen2-7b-top100-capture", "--shard", "0/2"], "--shard 0/2"),
+        (["distill", "qwen2-0.5b-from-top100"], "teacher.path: caches/qwen2-7b-top100: no such folder"),
+        (["distill", "qwen2-0.5b-sft", "teacher={kind: cach, path: x}"], "teacher.kind: must be one of local, cache, server or ensemble"),
+        (["cache", "mend", "x"], "No such command"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, said):
@@ -124,7 +130,7 @@ def test_help_and_the_library_are_quick_and_import_no_torch(tmp_path):
         assert not done.imported_torch
         assert after.children_user + after.children_system - before.children_user - before.children_system < 1
     assert "kd_ratio: 0.5" in done.stdout
-    for command in ("quickstart", "distill", "finetune", "evaluate", "check", "recipes", "report", "export"):
+    for command in ("quickstart", "distill", "finetune", "evaluate", "check", "capture", "cache", "recipes", "report", "export"):
         assert command in potstill("--help", cwd=tmp_path).stdout
 
 

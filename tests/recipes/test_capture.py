@@ -215,6 +215,15 @@ def test_check_shows_the_cache_and_how_much_of_the_text_it_covers(place, cache, 
     assert "teacher memory" not in said
 
 
+@pytest.mark.parametrize("outcomes", ["top_k, k: 16", "sampled", "hidden"])
+def test_check_predicts_what_a_capture_writes(place, capsys, outcomes):
+    assert potstill("check", place / "r.yaml", f"capture={{path: {place}/predicted, outcomes: {outcomes}}}") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (f"Capture written to {place}/predicted", "36 sequences of 1,146 tokens, 342 target tokens", "at most about"):
+        assert part in said.replace("predict ed", "predicted"), part
+    assert not (place / "predicted").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -6,13 +6,14 @@ Every rank of a launch calls it and takes a share; what is asked, coded and comm
 import gc
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 from potstill.cache.provenance import Provenance
 from potstill.cache.records import RecordFormat
 from potstill.cache.store import CacheWriter
-from potstill.capture.capture import CaptureSummary, capture, say_end
+from potstill.capture.capture import CaptureSummary, Work, capture, say_end, work_left
 from potstill.capture.config import CaptureConfig
 from potstill.capture.units import Share
 from potstill.errors import ConfigError, UsageError
@@ -41,20 +42,25 @@ def capture_recipe(
     `precheck_capture` has let the recipe pass. Raises PotstillError for everything that the user can mend.
     """
     ranks = join_ranks()
-    config = capturing(recipe, ranks)
+    if engine is not None and ranks.world_size > 1:
+        raise UsageError(f"--engine {engine}: it spreads the work by itself; start it once, without torchrun")
+    config = capturing(recipe, ranks.world_size)
     quiet = quiet or not ranks.first
     preparation = prepare_run(recipe, open_caches(recipe), quiet=quiet)
     student_head = _student_head(recipe, preparation) if config.outcomes == "projected" else None
     teacher = make_teacher(recipe, preparation)
-    with closing(teacher):
+    with ExitStack() as opened:
+        opened.callback(teacher.close)
         form = record_format(config, preparation, _width(config, teacher, student_head), _dtype(config, teacher))
         stated, files = _stated(recipe, preparation, teacher, student_head)
         share = Share(*shard).split(ranks.rank, ranks.world_size)
         sets = [examples for examples in (preparation.data.train, preparation.data.validation) if examples is not None]
-        writer = CacheWriter(
+        writer = opened.enter_context(CacheWriter(
             config.path, stated, form, writer=share.writer, shard_bytes=config.shard_mib * 2**20, extra_files=files
-        )
-        with writer:
+        ))  # fmt: skip
+        if engine == "ray":
+            summary = _with_ray(recipe, preparation, work_left(sets, writer, share), stated, form, files, student_head, quiet)
+        else:
             summary = capture(
                 teacher, sets, writer, form, config, seed=recipe.run.seed, pad_token=preparation.pad_token, share=share,
                 device=own_device(), project_on=student_head, quiet=quiet,
@@ -67,12 +73,32 @@ def capture_recipe(
     return whole
 
 
-def capturing(recipe: Recipe, ranks: Ranks) -> CaptureConfig:
+def _with_ray(
+    recipe: Recipe, preparation: Preparation, work: Work, stated: Provenance, form: RecordFormat, files: Mapping[str, bytes],
+    student_head: Head | None, quiet: bool,
+) -> CaptureSummary:  # fmt: skip
+    """What is left, done by actors that load the teacher each for itself: they get the recipe and the tokenizers, and no rows."""
+    from potstill.capture.ray_engine import RayCapture, capture_with_ray
+
+    config = capturing(recipe)
+    job = RayCapture(
+        partial(_make_again, recipe, replace(preparation, data=None)), stated, form, config, recipe.run.seed,  # type: ignore[arg-type]
+        preparation.pad_token, max(work.sequences.lengths.tolist(), default=8), files, student_head,
+    )  # fmt: skip
+    return capture_with_ray(job, work, quiet=quiet)
+
+
+def _make_again(recipe: Recipe, preparation: Preparation, device: str) -> Teacher:
+    """The same teacher in another process; `device` is that process's own."""
+    return make_teacher(recipe, preparation)
+
+
+def capturing(recipe: Recipe, world_size: int = 1) -> CaptureConfig:
     """The capture section, with the K that a server gives where the recipe names none."""
     config = recipe.capture
     assert config is not None
     sharded = [key for key, member in members(recipe.teacher) if isinstance(member, LocalTeacherConfig) and member.sharded]
-    if sharded and ranks.world_size > 1:
+    if sharded and world_size > 1:
         raise UsageError(f"{sharded[0]}.sharded: each rank captures rows of its own, so each holds the whole teacher; leave it out")
     limits = [member.top_k for _, member in members(recipe.teacher) if isinstance(member, ServerTeacherConfig)]
     return config.model_copy(update={"k": min(limits)}) if limits and "k" not in config.model_fields_set else config

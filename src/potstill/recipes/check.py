@@ -19,7 +19,7 @@ from potstill.data.preview import preview
 from potstill.errors import UsageError
 from potstill.models.footprint import Footprint, Workload, predict_student, predict_teacher
 from potstill.objectives.catalogue import scales_by_temperature_squared
-from potstill.recipes.check_teachers import answer_words, cache_rows, model_words, server_rows, short, teacher_rows
+from potstill.recipes.check_teachers import answer_words, cache_rows, capture_rows, model_words, server_rows, short, teacher_rows
 from potstill.recipes.fitting import members
 from potstill.recipes.preparation import Preparation, Reader, prepare_data, read_models, refuse_too_short
 from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, settle
@@ -77,6 +77,8 @@ def check(recipe: Recipe, console: Console | None = None) -> int:
     for key, member in members(recipe.teacher) if recipe.objective.asks_teacher else ():
         if isinstance(member, ServerTeacherConfig):
             _section(console, f"Server ({short(key)})", server_rows(member, preparation, findings.problems))
+    if recipe.capture is not None and recipe.objective.asks_teacher and not readers:
+        _section(console, "Capture", capture_rows(recipe, preparation))
     _show_cost(console, recipe, preparation, cost)
     for note in findings.notes:
         console.print(Text(f"note: {printable(note)}", style="yellow"))

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from potstill.cache.store import CacheReader
+from potstill.capture.disk import bytes_per_row, predicted_bytes
+from potstill.capture.units import Share, sequences_of
 from potstill.errors import PotstillError
 from potstill.models.footprint import Footprint
+from potstill.recipes.capturing import capturing, record_format
 from potstill.recipes.fitting import members
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.recorded import own_rows
@@ -94,3 +97,25 @@ def server_rows(teacher: ServerTeacherConfig, preparation: Preparation, problems
         return [("answers", f"{teacher.top_k} outcomes a target"), ("served", asked.identity["served model"])]
     finally:
         asked.close()
+
+
+def capture_rows(recipe: Recipe, preparation: Preparation) -> list[tuple[str, str]]:
+    """What `potstill capture` would write of this recipe, and what it would have to ask for."""
+    config = capturing(recipe)
+    sets = [examples for examples in (preparation.data.train, preparation.data.validation) if examples is not None]
+    sequences = sequences_of(sets, Share())
+    width = 0
+    if config.outcomes in ("hidden", "projected"):
+        asked = preparation.student if config.outcomes == "projected" else next(iter(preparation.teachers.values()))
+        width = asked.config.get_text_config().hidden_size
+    dtype = "bfloat16" if config.outcomes == "hidden" and recipe.training.precision == "bf16" else "float32"
+    form = record_format(config, preparation, width, dtype)
+    rows, tokens = int(sequences.targets.sum()), int(sequences.lengths.sum())
+    numbers = [f"{form.k} tokens"] * (form.k > 0) + [f"{form.num_samples} draws"] * (form.num_samples > 0)
+    return [
+        ("written to", config.path),
+        ("records", ", ".join([config.outcomes, *numbers])),
+        ("to be asked", f"{in_words(len(sequences), 'sequence')} of {in_words(tokens, 'token')}, {in_words(rows, 'target token')}"),
+        ("on disk", f"at most about {gib(predicted_bytes(form, rows, len(sequences)))}, {bytes_per_row(form):,.0f} bytes a target token"),
+        ("takes", f"one forward pass of the teacher over {in_words(tokens, 'token')}; a run over the text is as many an epoch"),
+    ]
