@@ -254,6 +254,15 @@ def the_token_that_came_is_too_likely(answer, numbers):
 
 
 @mutator
+def another_token_beyond_the_first_k(answer, numbers):
+    """The token that came changes places with the likeliest one: K + 1 ids, and the last one is a stranger."""
+    for choice in answer["choices"]:
+        for entry in choice["prompt_logprobs"][1:]:
+            ranked = sorted(entry, key=lambda key: entry[key]["rank"])
+            entry[ranked[0]], entry[ranked[-1]] = entry[ranked[-1]], entry[ranked[0]]
+
+
+@mutator
 def tokens_miscounted(answer, numbers):
     answer["usage"]["prompt_tokens"] += numbers.choice([-1, 1, 100])
 

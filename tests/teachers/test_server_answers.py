@@ -169,6 +169,16 @@ SPOILED = {
     "a null": lambda answers: answers[0]["meta_info"]["input_token_logprobs"][3].__setitem__(0, None),
     "another actual": lambda answers: answers[0]["meta_info"]["input_token_logprobs"][3].__setitem__(0, -0.001),
 }
+SPOILED_NESTED = {
+    "an id twice": lambda entries: entries[2][1].__setitem__(1, entries[2][0][1]),
+    "a negative id": lambda entries: entries[2][1].__setitem__(1, -1),
+    "a word for an id": lambda entries: entries[2][1].__setitem__(1, "the"),
+    "a word for a number": lambda entries: entries[2][1].__setitem__(0, "-1.0"),
+    "a cell of two": lambda entries: entries[2][1].pop(),
+    "an outcome less": lambda entries: entries[2].pop(),
+    "a distribution before the first token": lambda entries: entries.__setitem__(0, entries[1]),
+    "not in order": lambda entries: entries[2].reverse(),
+}
 SPOILED_FLAT = {
     "a shape": lambda meta: meta.update(input_top_logprobs_shape=[3, K]),
     "a prefix": lambda meta: meta.update(input_top_logprobs_null_prefix=2),
@@ -189,6 +199,16 @@ def test_no_spoiled_answer_of_sglang_is_believed(name):
         SPOILED[name](answers)
         with pytest.raises(Unbelievable):
             read_sglang(answers, prompts)
+
+
+@pytest.mark.parametrize("name", SPOILED_NESTED)
+def test_no_spoiled_list_is_believed(name):
+    prompts = prompts_of(8)
+    answers = sglang_bodies(prompts)["nested"]
+    read_sglang(answers, prompts)
+    SPOILED_NESTED[name](answers[0]["meta_info"]["input_top_logprobs"])
+    with pytest.raises(Unbelievable):
+        read_sglang(answers, prompts)
 
 
 @pytest.mark.parametrize("name", SPOILED_FLAT)
