@@ -59,6 +59,38 @@ def test_another_partition_folder_and_spelling_are_no_difference(folder, tmp_pat
     assert identity("model") == identity("./parts") == before
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Puts a folder into the hub's cache as org/name, on a machine without a network."""
+    from huggingface_hub import constants
+
+    from potstill import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.hub_is_reachable.cache_clear()
+
+    def put(folder, name):
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text("a" * 40)
+
+    yield put
+    hub.hub_is_reachable.cache_clear()
+
+
+def test_a_snapshot_of_the_hub_is_the_folder_that_it_was_made_from(folder, adapter, hub_cache, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    hub_cache(tmp_path / "parts", "org/name")
+    hub_cache(adapter, "org/adapter")
+    assert identity("org/name", adapter="org/adapter") == identity(folder, adapter=str(adapter))
+    with pytest.raises(ModelError, match="org/other: neither a folder here nor a model that the hub gives"):
+        identity("org/other")
+    with pytest.raises(ModelError, match="org/other: neither a folder here nor a model"):
+        identity(folder, adapter="org/other")
+
+
 def test_what_lies_beside_the_model_is_no_part_of_it(folder):
     before = identity(folder)
     save_file({"w": torch.zeros(2)}, folder / "consolidated.safetensors")
