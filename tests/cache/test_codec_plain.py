@@ -122,3 +122,10 @@ def test_damaged_bytes_end_in_a_storage_error(kind):
         except StorageError:
             continue
         assert len(decoded) == 6
+
+
+def test_draws_cost_what_their_distinct_ids_cost():
+    record = draws(zipf_logits(256, V, sharpness=1.5), 50)
+    size = len(make_codec(RecordFormat("sampled", V, num_samples=50)).encode(record)) / 256
+    distinct = (record.counts > 0).sum().item() / 256
+    assert size < 1.23 * distinct

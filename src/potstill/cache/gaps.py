@@ -13,6 +13,7 @@ _FIRST_TWO = _DIRECT + (_ONE << 8)
 _FIRST_WIDE = _FIRST_TWO + (_TWO << 16)
 _HEAD_OF_TWO, _HEAD_OF_WIDE = _DIRECT + _ONE, _DIRECT + _ONE + _TWO
 NUM_STREAMS = 4
+EVENLY_SPREAD = (1, 2)  # the streams of the lower bytes of large gaps
 
 
 def split_gaps(gaps: np.ndarray) -> list[np.ndarray]:

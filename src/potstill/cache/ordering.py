@@ -97,4 +97,4 @@ class Pairs:
 
 
 def row_bits(n: int) -> int:
-    return max(n - 1, 1).bit_length()
+    return max(n - 1, 0).bit_length()

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from potstill.errors import StorageError
 
-_SHORTEST = 24  # below this a frame's own 10 bytes never pay
+_SHORTEST = 192  # a call of zstd takes as long as some hundred values of a record take in all; below this it saves a few bytes at most
 _ZSTD = pa.Codec("zstd", compression_level=1)  # one Huffman table a stream; a higher level finds next to nothing more
 
 
@@ -27,15 +27,18 @@ def _varint(number: int) -> bytes:
     return bytes(parts)
 
 
-def join(first: int, streams: Sequence[np.ndarray]) -> bytes:
-    """A payload: its first byte, which is the caller's; a bit for each of at most 16 streams that is not empty; and these."""
+def join(first: int, streams: Sequence[np.ndarray], as_they_are: Sequence[int] = ()) -> bytes:
+    """A payload: its first byte, which is the caller's; a bit for each of at most 16 streams that is not empty; and these.
+
+    `as_they_are`: the places of streams that zstd could not make shorter.
+    """
     parts, present = [b""], 0
     for place, data in enumerate(streams):
         if data.size == 0:
             continue
         present |= 1 << place
         raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
-        if raw.size >= _SHORTEST:
+        if raw.size >= _SHORTEST and place not in as_they_are:
             packed = _ZSTD.compress(raw, asbytes=True)
             header = _varint(len(packed) * 2 + 1) + _varint(raw.size)
             if len(packed) + len(header) < raw.size:
@@ -108,6 +111,3 @@ def numbers(stream: np.ndarray, dtype: str, count: int | None = None) -> np.ndar
         raise damaged(f"a stream has {stream.size} bytes, which is not {count if count is not None else 'a number of'} times {size}")
     return stream.view(dtype)
 
-
-def take_counted(streams: list[np.ndarray], count: int, dtype: str) -> np.ndarray:
-    return numbers(np.concatenate(streams) if len(streams) > 1 else streams[0], dtype, count)

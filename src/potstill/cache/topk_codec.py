@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from potstill.cache.codes import IMPLIED, LAST, LONG, Codes
-from potstill.cache.gaps import NUM_STREAMS, join_gaps, most_bytes, split_gaps
+from potstill.cache.gaps import EVENLY_SPREAD, NUM_STREAMS, join_gaps, most_bytes, split_gaps
 from potstill.cache.ordering import Blocks, Pairs
 from potstill.cache.quantiser import Quantiser
 from potstill.cache.records import RecordFormat
@@ -63,6 +63,7 @@ class TopKCodec:
         return join(
             _UNKNOWN if record.target_log_probs is None else _KNOWN,
             [*split_gaps(gaps), ordered, np.concatenate(row_bytes), *(part.astype("<u2") for part in longs), *raws],
+            EVENLY_SPREAD,
         )
 
     def _code_rows(self, log_probs: np.ndarray, tails: np.ndarray) -> tuple:
