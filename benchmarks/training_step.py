@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -215,9 +216,9 @@ def contend(name: str, threads: int) -> None:
 class Contender:
     """A process that takes steps when told to; `measured` grows by one a step. None for a peer that is not installed."""
 
-    def __init__(self, name: str, threads: int):
+    def __init__(self, name: str, threads: int, script: str = __file__, words: Sequence[str] = ()):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--contend", name, "--threads", str(threads)]
+        command = [sys.executable, script, "--contend", name, "--threads", str(threads), *words]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
@@ -245,12 +246,14 @@ class Contender:
         self._process.wait()
 
 
-def measure(names: list[str], threads: int, steps: int) -> dict[str, dict[str, float]]:
-    contenders = {name: Contender(name, threads) for name in names}
+def measure(
+    names: list[str], threads: int, steps: int, contender_of: Callable[[str, int], Contender] = Contender
+) -> dict[str, dict[str, float]]:
+    contenders = {name: contender_of(name, threads) for name in names}
     try:
         for name in list(contenders):  # the first steps compile, allocate and make the optimizer's state
             if any(contenders[name].step() is None for _ in range(2)):
-                print(f"{CONTENDERS[name]}: does not run here: {contenders.pop(name).last_words()}", file=sys.stderr)
+                print(f"{name}: does not run here: {contenders.pop(name).last_words()}", file=sys.stderr)
         for _ in range(steps):
             for contender in contenders.values():
                 if (report := contender.step()) is not None:
