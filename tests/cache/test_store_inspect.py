@@ -94,7 +94,7 @@ def test_the_text_names_everything_that_matters(tmp_path):
     _write(tmp_path, EXACT, [_top_k(20, 0)[0]])
     (tmp_path / "0-of-1-00000009.arrow").write_bytes(b"torn")
     text = inspection_text(inspect(str(tmp_path)))
-    for words in (str(tmp_path), "top_k, k = 8", "1 sequences, 20 tokens", "bytes a token", "in the worst tenth", "tokenizer", "tt",
+    for words in (str(tmp_path), "top_k, k = 8", "1 sequence, 20 tokens", "bytes a token", "in the worst tenth", "tokenizer", "tt",
                   "note: path", "/teacher", "not committed", "0-of-1-00000009.arrow", "targets among the kept"):  # fmt: skip
         assert words in text, words
 

@@ -15,7 +15,7 @@ from potstill.cache.provenance import NOTES, Provenance, shown
 from potstill.cache.records import DrawnTokens, Record, RecordFormat, TopKAndDrawn
 from potstill.cache.segments import INDEX, key_list, segment_of
 from potstill.cache.store import CacheReader
-from potstill.cache.verify import unfinished
+from potstill.cache.verify import counted, unfinished
 from potstill.errors import StorageError
 from potstill.signals import ProjectedOutcomes, TopKOutcomes
 
@@ -171,8 +171,8 @@ def inspection_text(found: Inspection, loss: Loss | None = None) -> str:
     said = number.get(kind.outcomes, f"width {kind.width}, {kind.dtype}")
     lines = [
         ("cache", found.name), ("records", f"{kind.outcomes}, {said}, temperature {kind.temperature:g}{', exact' if kind.exact else ''}"),
-        ("answers", f"{found.sequences:,} sequences, {found.rows:,} tokens"),
-        ("size", f"{found.bytes:,} bytes in {found.segments:,} segments, {found.bytes_a_token:.1f} bytes a token"),
+        ("answers", f"{counted(found.sequences, 'sequence')}, {counted(found.rows, 'token')}"),
+        ("size", f"{found.bytes:,} bytes in {counted(found.segments, 'segment')}, {found.bytes_a_token:.1f} bytes a token"),
         ("writers", ", ".join(found.writers) or "none"), *_contents_lines(found.contents),
     ]  # fmt: skip
     if loss is not None:
@@ -192,8 +192,9 @@ def _contents_lines(contents: Contents) -> list[tuple[str, str]]:
     if contents.mean_mass is not None and contents.worst_mass is not None:
         mass = f"{contents.mean_mass:.4f} in the mean, {contents.worst_mass:.4f} in the worst tenth, {over}"
         lines.append(("mass of the kept ids", mass))
+    at_least = "at least " if contents.mean_mass is not None else ""  # the tail counts as one outcome
     if contents.entropy is not None:
-        lines.append(("teacher's entropy", f"{contents.entropy:.4f} nats a token, {over}"))
+        lines.append(("teacher's entropy", f"{at_least}{contents.entropy:.4f} nats a token, {over}"))
     if contents.target_share is not None:
         lines.append(("targets among the kept", f"{100 * contents.target_share:.2f} %"))
     if contents.ids_a_row is not None:

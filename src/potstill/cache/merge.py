@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from potstill.cache.description import differences
 from potstill.cache.store import CacheReader, CacheWriter
-from potstill.cache.verify import parts_of
+from potstill.cache.verify import counted, parts_of
 from potstill.errors import CacheError
 
 _WRITER = "merged"
@@ -77,8 +77,9 @@ def _copy(reader: CacheReader, writer: CacheWriter, keys: Sequence[bytes]) -> li
 
 def merged_text(merged: Merged) -> str:
     """What was done, and a line for each answer that could not be copied."""
-    lines = [f"{merged.name}: {merged.answers:,} answers, {merged.added:,} of them copied now"]
+    lines = [f"{merged.name}: {counted(merged.answers, 'answer')}, {merged.added:,} of them copied now"]
     lines += [f"damaged: the answer {key.hex()} in {name}" for key, name in merged.damaged]
     if merged.damaged:
-        lines.append(f"{len(merged.damaged):,} answers could not be copied; capture again into {merged.name}: only these are asked for")
+        lost = counted(len(merged.damaged), "answer")
+        lines.append(f"{lost} could not be copied; capture again into {merged.name}: only what is not there is asked for")
     return "\n".join(lines) + "\n"

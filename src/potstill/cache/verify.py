@@ -116,9 +116,15 @@ def _drop(reader: CacheReader, spoilt: Iterable[tuple[SegmentName, str] | None])
     return dropped
 
 
+def counted(count: int, noun: str) -> str:
+    """1,234 answers."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def verification_text(found: Verification) -> str:
     """What was found, a line for each thing that is wrong."""
-    lines = [f"{found.name}: {found.answers:,} answers in {found.segments:,} segments read back as they were written"]
+    whole = f"{counted(found.answers, 'answer')} in {counted(found.segments, 'segment')} read back as written"
+    lines = [f"{found.name}: {whole}"]
     lines += [f"damaged: {damage}" for damage in found.damage]
     lines += [f"damaged: the answer {key.hex()} in {name}" for key, name in found.damaged.items()]
     lines += [f"missing: the answer {key.hex()}{f' to {origin}' if origin else ''}" for key, origin in found.missing.items()]
@@ -126,7 +132,8 @@ def verification_text(found: Verification) -> str:
     if found.exit_code == 0:
         lines.append("nothing is damaged or missing")
     else:
-        lines.append(f"{len(found.damage)} files and {len(found.damaged):,} answers are damaged, {len(found.missing):,} are missing")
+        damaged = f"{counted(len(found.damage), 'file')} and {counted(len(found.damaged), 'answer')} damaged"
+        lines.append(f"{damaged}, {counted(len(found.missing), 'answer')} missing")
         if found.dropped or not found.damaged:
             lines.append("capture again: only what is not here is asked for")
         else:
