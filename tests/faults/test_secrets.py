@@ -10,6 +10,7 @@ CANARIES = {
     "HF_TOKEN": "hf_canarycanarycanarycanary", "WANDB_API_KEY": "canary0123456789canary", "MY_SERVICE_SECRET": "canary-secret-canary",
     "POSTGRES_PASSWORD": "canary/pass word",
 }  # fmt: skip
+SERVER = "teacher={kind: server, url: 'http://127.0.0.1:9', model: m, api_key_env: MY_SERVICE_SECRET, max_outage_seconds: 0.5}"
 URL = "https://user:canary-in-url@example.invalid/model"
 
 
@@ -31,6 +32,8 @@ def _commands(folder: Path, run: Path) -> dict[str, tuple[list[str], int]]:
         "a second look": (["check", recipe, target], 0),
         "a URL as a path": (["distill", recipe, target, f"teacher.path={URL}"], 2),
         "a token as a path": (["distill", recipe, target, f"data.train=missing/{token}.jsonl"], 2),
+        "a server that is not there": (["distill", recipe, target, SERVER, "objective.support=top_k_tail", "--quiet"], 75),
+        "a key in an address": (["check", recipe, target, SERVER.replace("127.0.0.1", f"{token}@127.0.0.1")], 2),
         "an unknown key": (["distill", recipe, target, f"teacher.api_key={token}"], 2),
         "a wrong type": (["check", recipe, target, f"training.steps={token}"], 2),
         "a recipe that is not there": (["distill", f"/nowhere/{token}.yaml"], 2),
