@@ -188,6 +188,22 @@ def test_of_equally_likely_tokens_the_smaller_ids_stay_wherever_they_stood():
     assert less.ids.tolist() == [[2, 4], [2, 4]]
     assert torch.allclose(less.log_tail.exp(), torch.full((2,), 0.6))
     assert most_likely(top, None) is most_likely(top, 4) is top
+    with pytest.raises(IncompatibleError, match="4 outcomes are kept and 5 are asked for"):
+        most_likely(top, 5)
+
+
+def test_fewer_are_those_that_a_plain_sort_gives_whatever_the_order_and_the_numbers():
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(200, 12, generator=generator).mul(6).round() - 3  # many ties, numbers of both signs
+    log_probs[:, 3], log_probs[::2, 5], log_probs[::3, 7] = -torch.inf, 0.0, -1e-30
+    ids = torch.stack([torch.randperm(151_936, generator=generator)[:12] for _ in range(200)])
+    less = most_likely(TopKOutcomes(ids, log_probs, torch.full((200,), -2.0)), 5)
+    for row in range(200):
+        pairs = sorted(zip((-log_probs[row]).tolist(), ids[row].tolist(), strict=True))
+        found = zip(less.log_probs[row].tolist(), less.ids[row].tolist(), strict=True)
+        assert [(-value, number) for value, number in pairs[:5]] == list(found)
+        tail = torch.tensor([-value for value, _ in pairs[5:]] + [-2.0], dtype=torch.float64).logsumexp(0)
+        assert less.log_tail[row].item() == pytest.approx(tail.item(), abs=1e-6)
 
 
 # ---------------------------------------------------------------- what is offered
