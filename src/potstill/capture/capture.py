@@ -100,6 +100,7 @@ def capture(
     scorer = Scorer(teacher, format, seed, pad_token, max(widest, packed_tokens or 0), device, project_on)
     planned = units(work.sequences.lengths, config.batch_tokens, packed_tokens=packed_tokens)
     summary = _ask(_Asking(work.sequences, scorer, writer, config, journal, quiet), planned)
+    writer.refresh()
     journal.forget(writer.holds)
     return replace(summary, redone_rows=again, found_sequences=work.found_sequences)
 
@@ -130,7 +131,7 @@ def _ask(asking: _Asking, planned: Sequence[Unit]) -> CaptureSummary:
     rows = tokens = asked = most_in_flight = 0
     began = time.monotonic()
     recorder = Recorder(
-        asking.writer, make_codec(asking.scorer.format), commit_seconds=config.commit_seconds,
+        asking.writer, make_codec(asking.scorer.format), commit_seconds=config.commit_seconds, shard_bytes=config.shard_mib * 2**20,
         on_first=lambda size, of_rows: require_room(config.path, _left(asking, size / of_rows), measured=True),
         before_commit=lambda: confirm(asking.scorer.teacher),
     )  # fmt: skip

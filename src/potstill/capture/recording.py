@@ -25,16 +25,19 @@ class Recorder:
     `before_commit` raises keeps what is handed over from being committed.
     """
 
-    def __init__(self, writer: CacheWriter, codec: Codec, *, commit_seconds: float, on_first: Callable[[int, int], None] | None = None,
-                 before_commit: Callable[[], None] | None = None):  # fmt: skip
+    def __init__(
+        self, writer: CacheWriter, codec: Codec, *, commit_seconds: float, shard_bytes: int,
+        on_first: Callable[[int, int], None] | None = None, before_commit: Callable[[], None] | None = None,
+    ):  # fmt: skip
         self._writer, self._codec, self._commit_seconds, self._on_first = writer, codec, commit_seconds, on_first
-        self._before_commit = before_commit
+        self._shard_bytes, self._before_commit = shard_bytes, before_commit
         self._changed = threading.Condition()
         self._waiting: deque[Sequence[Answer]] = deque()
         self._ended = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.committed_rows = self.payload_bytes = self.coded_rows = 0
+        self._committed_bytes = 0
 
     def __enter__(self) -> "Recorder":
         self._thread.start()
@@ -90,6 +93,9 @@ class Recorder:
         first = self.coded_rows == 0
         for answer in answers:
             payload = self._codec.encode(answer.record)
+            # The writer commits a full shard by itself; it must not do so before what stands before a commit.
+            if self.payload_bytes + len(payload) - self._committed_bytes >= self._shard_bytes:
+                self._commit()
             self._writer.add(answer.key, answer.rows, payload)
             self.payload_bytes += len(payload)
             self.coded_rows += answer.rows
@@ -101,4 +107,4 @@ class Recorder:
             if self._before_commit is not None:
                 self._before_commit()
             self._writer.commit()
-            self.committed_rows = self.coded_rows
+            self.committed_rows, self._committed_bytes = self.coded_rows, self.payload_bytes
