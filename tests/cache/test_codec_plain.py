@@ -81,15 +81,30 @@ def test_rows_without_draws_and_sequences_without_rows():
         assert decoded.ids.shape == (3, 0)
 
 
-def test_top_and_draws_come_back_together():
-    logits = zipf_logits(30, V)
-    kept, drawn = top_k(logits, 20), draws(logits, 10)
-    # Draws of the rest weigh what the rest weighs, so that both together add up to 1.
-    record = TopKAndDrawn(kept, replace(drawn, weights=drawn.weights * kept.log_tail.exp().unsqueeze(-1)))
-    for decoded in both_ways(record, RecordFormat("top_k_sampled", V, k=20, num_samples=10, exact=True), [29, 1]):
+def rest_drawn(logits: torch.Tensor, k: int, n: int) -> TopKAndDrawn:
+    """The top K, and n draws from what they leave, each weighing the mass of what they leave over n."""
+    top = top_k(logits, k)
+    drawn = draws(logits.scatter(1, top.ids, -torch.inf), n)
+    return TopKAndDrawn(top, DrawnTokens(drawn.ids, drawn.counts, (drawn.counts > 0) * (top.log_tail.exp() / n)[:, None]))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.7])
+def test_top_and_draws_come_back_together(exponent):
+    record = rest_drawn(zipf_logits(30, V), 20, 10)
+    format = RecordFormat("top_k_sampled", V, k=20, num_samples=10, proposal_exponent=exponent, exact=True)
+    for decoded in both_ways(record, format, [29, 1]):
         assert_same(record.top, decoded.top)
-        assert torch.allclose(record.drawn.weights, decoded.drawn.weights, rtol=1e-6, atol=0)
+        torch.testing.assert_close(decoded.drawn.weights, record.drawn.weights, rtol=1e-6, atol=0)
         assert_same(record.drawn, replace(decoded.drawn, weights=record.drawn.weights))
+
+
+def test_quantised_top_and_draws_still_add_up_to_one():
+    record = rest_drawn(zipf_logits(30, V), 20, 10)
+    codec = make_codec(RecordFormat("top_k_sampled", V, k=20, num_samples=10))
+    decoded = codec.decode([codec.encode(record)], [30])
+    assert torch.equal(decoded.drawn.counts, record.drawn.counts)
+    mass = decoded.top.log_probs.double().exp().sum(1) + (decoded.drawn.counts * decoded.drawn.weights).double().sum(1)
+    torch.testing.assert_close(mass, torch.ones(30).double(), rtol=0, atol=1e-5)
 
 
 def test_too_many_draws_are_refused():
@@ -101,7 +116,7 @@ def test_too_many_draws_are_refused():
 def test_damaged_bytes_end_in_a_storage_error(kind):
     logits = zipf_logits(6, V)
     record = {
-        "top_k": top_k(logits, 9), "sampled": draws(logits, 9), "top_k_sampled": TopKAndDrawn(top_k(logits, 9), draws(logits, 9)),
+        "top_k": top_k(logits, 9), "sampled": draws(logits, 9), "top_k_sampled": rest_drawn(logits, 9, 9),
         "hidden": HiddenRows(torch.randn(6, 8)), "projected": ProjectedOutcomes(torch.randn(6, 8), torch.randn(6), torch.randn(6)),
     }[kind]  # fmt: skip
     codec = make_codec(RecordFormat(kind, V, k=9, num_samples=9, width=8, exact=True))
@@ -109,7 +124,7 @@ def test_damaged_bytes_end_in_a_storage_error(kind):
     for cut in [0, 1, len(payload) // 2, len(payload) - 1]:
         with pytest.raises(StorageError):
             codec.decode([payload[:cut]], [6])
-    for rows in [5, 7, 10**7]:
+    for rows in [5, 7] if kind != "sampled" else [5]:  # a row without draws costs no bytes
         with pytest.raises(StorageError):
             codec.decode([payload], [rows])
     generator = torch.Generator().manual_seed(0)
@@ -128,4 +143,4 @@ def test_draws_cost_what_their_distinct_ids_cost():
     record = draws(zipf_logits(256, V, sharpness=1.5), 50)
     size = len(make_codec(RecordFormat("sampled", V, num_samples=50)).encode(record)) / 256
     distinct = (record.counts > 0).sum().item() / 256
-    assert size < 1.23 * distinct
+    assert size < 1.172 * distinct

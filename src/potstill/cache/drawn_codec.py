@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from potstill.cache.gaps import join_gaps, most_bytes, split_gaps
+from potstill.cache.gaps import EVENLY_SPREAD, join_gaps, most_bytes, split_gaps
 from potstill.cache.ordering import row_bits
 from potstill.cache.records import DrawnTokens, RecordFormat
 from potstill.cache.streams import damaged, join, numbers, split
@@ -19,7 +19,10 @@ MOST_DRAWS = 127
 
 
 class DrawnCodec:
-    """Exact. Rows come back with their ids ascending, padded with id 0 and count 0 to the longest row."""
+    """Exact. Rows come back with their ids ascending, padded with id 0 and count 0 to the longest row.
+
+    A row has all its draws or none. Weights that are not stored come back as 1 / n, which is right where all of p was drawn from.
+    """
 
     def __init__(self, format: RecordFormat):
         if not 1 <= format.num_samples <= MOST_DRAWS:
@@ -34,15 +37,14 @@ class DrawnCodec:
         order = np.argsort(keys[real], kind="stable")
         gaps = np.diff(keys[real][order], prepend=0).astype(np.uint32)
         weights = record.weights.numpy().astype("<f4")[real][order] if self._weighted else np.zeros(0)
-        return join(0, [real.sum(axis=1).astype(np.uint8), *split_gaps(gaps), counts[real][order].astype(np.uint8), weights])
+        return join(0, [*split_gaps(gaps), counts[real][order].astype(np.uint8), weights], EVENLY_SPREAD)
 
     def _one(self, payload: bytes, n: int) -> tuple[np.ndarray, ...]:
         """Row by row: how many ids each row has, then all ids, counts and weights."""
         most = n * self._n
-        first, (per_row, *gaps, counts, weights) = split(payload, [n, *most_bytes(most), most, 4 * most])
-        per_row = numbers(per_row, "u1", n)
-        total = int(per_row.sum(dtype=np.int64))
-        if first or any(part.size != total for part in (gaps[0], counts)):
+        first, (*gaps, counts, weights) = split(payload, [*most_bytes(most), most, 4 * most])
+        total = counts.size
+        if first or gaps[0].size != total:
             raise damaged("its streams do not fit each other")
         weights = numbers(weights, "<f4", total) if self._weighted else np.full(total, 1 / self._n, np.float32)
         bits = row_bits(n)
@@ -50,10 +52,12 @@ class DrawnCodec:
         if total and keys[-1] >= self._vocabulary << bits:
             raise damaged("an id lies outside the vocabulary")
         rows = keys & ((1 << bits) - 1)
-        if not np.array_equal(np.bincount(rows, minlength=n), per_row):
-            raise damaged("a row has another number of ids than it says")
+        per_row = np.bincount(rows, minlength=n)
+        drawn = np.bincount(rows, weights=counts, minlength=n)
+        if len(per_row) != n or not (counts.all() and ((drawn == self._n) | (drawn == 0)).all()):
+            raise damaged(f"a row has not {self._n} draws")
         order = np.argsort(rows.astype(np.uint16) if n <= 2**16 else rows, kind="stable")
-        return per_row.astype(np.int64), keys[order] >> bits, counts[order], weights[order]
+        return per_row, keys[order] >> bits, counts[order], weights[order]
 
     def decode(self, payloads: Sequence[bytes], rows: Sequence[int]) -> DrawnTokens:
         parts = [self._one(payload, n) for payload, n in zip(payloads, rows, strict=True)]
