@@ -23,6 +23,7 @@ _MASS_ERROR = 1e-3         # where a row's mass is further from 1 than this, all
 _WIDEST_OF_TARGETS = 0.125
 _UNKNOWN, _KNOWN = 0, 1     # a payload's first byte: whether the targets' log-probabilities follow
 _NOTHING = np.zeros(0, np.float32)
+_ROWS_TOGETHER = 4096  # so many rows are decoded in one go: enough that what each call costs by itself is little
 _LEAST_OF_ROWS = -16.0     # nats: the last log-probability with a short code among what is stored once a row
 
 
@@ -84,7 +85,7 @@ class TopKCodec:
         total, k = sum(rows), self._k
         outputs = np.empty((total, k), np.int64), np.empty((total, k), np.float32), np.empty(total, np.float32), np.empty(total, np.float32)
         known, start = set(), 0
-        for part in _groups(payloads, rows, self._blocks.rows):
+        for part in _groups(payloads, rows):
             stop = start + sum(n for _, n in part)
             known |= self._group(part, *(output[start:stop] for output in outputs))
             start = stop
@@ -182,11 +183,11 @@ def _float32(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy(), np.float32)
 
 
-def _groups(payloads: Sequence[bytes], rows: Sequence[int], at_once: int) -> Iterator[list[tuple[bytes, int]]]:
-    """Payloads in their order, so many together that they have no more rows than are put in order at once, or one alone."""
+def _groups(payloads: Sequence[bytes], rows: Sequence[int]) -> Iterator[list[tuple[bytes, int]]]:
+    """Payloads in their order, so many together that they have at most _ROWS_TOGETHER rows, or one alone."""
     part, held = [], 0
     for payload, n in zip(payloads, rows, strict=True):
-        if part and held + n > at_once:
+        if part and held + n > _ROWS_TOGETHER:
             yield part
             part, held = [], 0
         part.append((payload, n))
