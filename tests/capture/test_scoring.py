@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from potstill.cache.codec import make_codec
 from potstill.cache.records import DrawnTokens, HiddenRows, RecordFormat, TopKAndDrawn
 from potstill.capture import selecting, tiles
 from potstill.capture.scoring import Asked, concatenate, needs_of, record_of
@@ -33,9 +34,10 @@ def full(seed: int = 0, *, dtype=torch.float32, std: float = 0.6, **arithmetic) 
 
 
 def log_probs(outcomes, temperature: float = 1.0) -> torch.Tensor:
-    """The whole softmax in float64."""
+    """The whole softmax in float64. A mixture is one of the members' probabilities at temperature 1, tempered as a whole."""
     if isinstance(outcomes, MixtureOutcomes):
-        return sum(w * log_probs(m, temperature).exp() for m, w in zip(outcomes.members, outcomes.weights, strict=True)).log()
+        mixed = sum(w * log_probs(m).exp() for m, w in zip(outcomes.members, outcomes.weights, strict=True)).log()
+        return (mixed / temperature).log_softmax(-1)
     head = outcomes.head
     wide = Head(
         head.weight.double(), None if head.bias is None else head.bias.double(), head.scale, head.softcap,
@@ -97,6 +99,30 @@ def test_everything_kept_leaves_no_tail():
     record = record_of(outcomes, Asked(TARGETS), top_k_format(k=VOCABULARY + 5))
     assert torch.equal(record.log_tail, torch.full((ROWS,), -torch.inf))
     assert torch.allclose(torch.zeros(ROWS, VOCABULARY).scatter(-1, record.ids, record.log_probs).double(), log_probs(outcomes), atol=3e-6)
+
+
+@pytest.mark.parametrize("k", [16, 600, VOCABULARY])
+@pytest.mark.parametrize("kind", ["top_k", "top_k_sampled"])
+def test_tokens_that_a_teacher_bans_are_no_outcomes(kind, k):
+    """Fewer than K tokens have any probability: what is kept beside them is without mass, an id, and comes back from the codec."""
+    allowed = 9
+    banned = torch.zeros(VOCABULARY + 20).index_fill_(0, torch.arange(allowed, VOCABULARY), -torch.inf)
+    outcomes = full(bias=banned)
+    whole = log_probs(FullOutcomes(outcomes.hidden, Head(outcomes.head.weight[:VOCABULARY], banned[:VOCABULARY])))
+    form = RecordFormat(kind, VOCABULARY, k=k, num_samples=4 * (kind != "top_k"))
+    uniforms = torch.rand(ROWS, 4, dtype=torch.float64) if kind != "top_k" else None
+    record = record_of(outcomes, Asked(TARGETS % allowed, uniforms), form)
+    codec = make_codec(form)
+    for found, close in [(record, 3e-6), (codec.decode([codec.encode(record)], [ROWS]), 0.4)]:
+        if isinstance(found, TopKAndDrawn):
+            assert not found.drawn.counts.any()
+            found = found.top
+        assert 0 <= int(found.ids.min()) <= int(found.ids.max()) < VOCABULARY
+        assert torch.equal(found.log_tail, torch.full((ROWS,), -torch.inf))
+        real = found.log_probs > -torch.inf
+        assert torch.equal(real.sum(1), torch.full((ROWS,), allowed))
+        assert torch.allclose(found.log_probs[real].double(), whole.gather(-1, found.ids)[real], atol=close)
+        assert torch.allclose(found.target_log_probs.double(), whole.gather(-1, TARGETS[:, None] % allowed)[:, 0], atol=close)
 
 
 @pytest.mark.parametrize(("vocabulary", "k"), [(64, 64), (101, 5), (1024, 3), (5000, 64), (4096, 1), (700, 700), (9000, 700)])

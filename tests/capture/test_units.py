@@ -7,7 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.capture.units import Scorer, Share, sequences_of, units
+from potstill.data.examples import ExampleSet, ExampleSetBuilder
+from potstill.errors import DataError, TeacherError
 from potstill.head import Head
+from potstill.signals import FullOutcomes, TeacherSignal
+from potstill.teachers.local import LocalTeacher
 from small_captures import VOCABULARY, example_set, keys_of, make_format, make_teacher, tensors
 
 
@@ -39,6 +43,46 @@ def test_equal_sequences_are_asked_once():
     examples = example_set(20)
     twice = [examples, examples.select([3, 3, 5])]
     assert sequences_of(twice, Share()).keys == keys_of(examples)
+
+
+def routed_set(*rows: tuple[list[int], str]) -> ExampleSet:
+    builder = ExampleSetBuilder(np.ones(VOCABULARY, np.int32))
+    for number, (tokens, route) in enumerate(rows):
+        builder.add(tokens, [(1, len(tokens))], "rows.jsonl", number, route)
+    return builder.build()
+
+
+def test_one_text_for_two_teachers_is_refused():
+    """A record is found by its tokens: the first one's teacher would answer for both."""
+    first, second = routed_set(([5, 6, 7], "a"), ([5, 6, 8], "b")), routed_set(([5, 6, 8], "b"), ([5, 6, 7], "b"))
+    assert len(sequences_of([first, first], Share())) == 2
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the row is for 'b', and rows.jsonl:0 with the same tokens for 'a'"):
+        sequences_of([first, second], Share())
+
+
+class Overflowing(LocalTeacher):
+    """The third target row of what it says has overflowed, as in float16."""
+
+    def score(self, batch, needs):
+        outcomes = super().score(batch, needs).outcomes
+        assert isinstance(outcomes, FullOutcomes)
+        outcomes.hidden[2, 1] = self.wrong
+        return TeacherSignal(outcomes)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("format", [
+    *(make_format(outcomes) for outcomes in ("top_k", "sampled", "top_k_sampled", "hidden", "projected")), make_format("top_k", exact=True),
+    make_format("sampled", proposal_exponent=0.8),
+])  # fmt: skip
+def test_an_answer_that_is_no_number_is_never_recorded(format, wrong):
+    teacher = Overflowing(make_teacher().causal_lm)
+    teacher.wrong = wrong  # type: ignore[attr-defined]
+    head = Head(torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(1)))
+    ask = Scorer(teacher, format, seed=5, pad_token=0, widest=80, project_on=head)
+    examples = routed_set(([5, 6, 7], ""), ([5, 6, 8, 9], ""))
+    with pytest.raises(TeacherError, match=r"its answer to rows.jsonl:1 is not a number"):
+        ask([[examples[0]], [examples[1]]])
 
 
 def scorer(format, **changes) -> Scorer:

@@ -89,7 +89,10 @@ def _top_k_and_rest(block: Tensor, scratch: Tensor, asked: Asked, format: Record
     """The kept, and the logsumexp of the whole rows. `block` loses the kept ids; `scratch` holds the exponentials of the rest."""
     of_targets = block.gather(1, asked.targets.unsqueeze(-1))
     kept, ids = selecting.top_k(block, min(format.k, format.vocabulary_size))
-    log_rest = selecting.log_sum(*selecting.exponentials(block.scatter_(1, ids, -torch.inf), kept[:, -1], scratch))
+    # A row with fewer than K outcomes of any probability: the rest of it is nothing, and no column of filling is an id.
+    smallest = kept[:, -1].masked_fill(kept[:, -1] == -torch.inf, 0.0)
+    ids = torch.where(ids < format.vocabulary_size, ids, ids[:, :1])
+    log_rest = selecting.log_sum(*selecting.exponentials(block.scatter_(1, ids, -torch.inf), smallest, scratch))
     total = torch.logaddexp(kept.double().logsumexp(-1), log_rest)
     top = TopKOutcomes(
         ids=ids, log_probs=_normalised(kept, total), log_tail=(log_rest - total).float(),

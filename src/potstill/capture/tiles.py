@@ -15,7 +15,7 @@ _TILE_BYTES = 32 * 2**20
 
 
 class LogitTiles:
-    """Iterates over (rows, tile): logits divided by the temperature, of a mixture log-probabilities; each tile serves all slices in turn.
+    """Iterates over (rows, tile): logits, of a mixture log-probabilities, divided by the temperature; each tile serves all slices in turn.
 
     A tile is as wide as `width`, the vocabulary rounded up to `multiple_of`; the columns beyond the vocabulary are -inf.
     """
@@ -44,9 +44,15 @@ class LogitTiles:
     def _fill(self, tile: Tensor, rows: slice) -> None:
         if self._weights is None:
             self._logits_into(tile, self._members[0], rows)
-            return
+        else:
+            self._mixture_into(tile, self._weights, rows)
+        if self._temperature != 1.0:
+            tile.div_(self._temperature)
+
+    def _mixture_into(self, tile: Tensor, weights: tuple[float, ...], rows: slice) -> None:
+        """log sum_i w_i p_i, every p_i at temperature 1: as the loss against the live teachers has it."""
         part = torch.empty_like(tile)
-        for number, (member, weight) in enumerate(zip(self._members, self._weights, strict=True)):
+        for number, (member, weight) in enumerate(zip(self._members, weights, strict=True)):
             self._logits_into(part, member, rows)
             weighted = torch.log_softmax(part, -1).add_(float(torch.tensor(weight, dtype=torch.float64).log()))
             tile.copy_(weighted if number == 0 else torch.logaddexp(tile, weighted))
@@ -57,8 +63,6 @@ class LogitTiles:
             tile.mul_(outcomes.head.scale)
         if outcomes.head.softcap is not None:
             tile.div_(outcomes.head.softcap).tanh_().mul_(outcomes.head.softcap)
-        if self._temperature != 1.0:
-            tile.div_(self._temperature)
 
     def _linear_into(self, tile: Tensor, head: Head, hidden: Tensor) -> None:
         """The products in the head's own dtype, their sum in float32; no second tile where that dtype is float32."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from potstill.batch import Batch, Example
-from potstill.cache.records import Record, RecordFormat
+from potstill.cache.records import Record, RecordFormat, TopKAndDrawn
 from potstill.capture.scoring import Asked, needs_of, record_of
 from potstill.capture.selecting import uniforms
 from potstill.data.collation import collate
 from potstill.data.examples import ExampleSet
 from potstill.data.packing import pack
+from potstill.errors import DataError, TeacherError
 from potstill.head import Head
+from potstill.signals import TopKOutcomes
 from potstill.teachers.teacher import Teacher
 
 _ROUNDED_TO = 8  # what collate rounds the width of a batch to
@@ -74,19 +76,32 @@ class Sequences:
 
 
 def sequences_of(sets: Sequence[ExampleSet], share: Share) -> Sequences:
-    """The sequences of a share; of equal ones the first."""
+    """The sequences of a share; of equal ones the first. Raises DataError for equal ones that two teachers are to answer."""
     found: dict[bytes, tuple[int, int]] = {}
     for part, examples in enumerate(sets):
         for number in range(len(examples)):
             key = examples.digest(number)
-            if key in share:
-                found.setdefault(key, (part, number))
+            if key not in share:
+                continue
+            first = found.setdefault(key, (part, number))
+            _refuse_two_routes(sets, first, (part, number))
     places = list(found.values())
     lengths, targets = [examples.lengths for examples in sets], [examples.target_counts for examples in sets]
     return Sequences(
         sets, places, list(found), np.array([lengths[part][number] for part, number in places], dtype=np.int64),
         np.array([targets[part][number] for part, number in places], dtype=np.int64),
     )  # fmt: skip
+
+
+def _refuse_two_routes(sets: Sequence[ExampleSet], first: tuple[int, int], again: tuple[int, int]) -> None:
+    """A record is found by its tokens alone, so that one of the two teachers would answer in the name of the other."""
+    (one, number), (other, index) = first, again
+    if sets[one].route(number) != sets[other].route(index):
+        raise DataError(
+            f"{sets[other].origin(index)}: the row is for {sets[other].route(index)!r}, and {sets[one].origin(number)} with the same "
+            f"tokens for {sets[one].route(number)!r}; a cache holds one answer to a text: give both to one teacher, or capture each teacher into "
+            "a cache of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Sequence[Example]]) -> list[Answer]:
-        """The answers for every example of the rows, on the CPU."""
+        """The answers for every example of the rows, on the CPU. Raises TeacherError for one that is not made of numbers."""
         batch = collate(rows, pad_token=self.pad_token, widest=self.widest).to(self.device)
         outcomes = self.teacher.score(batch, needs_of(self.format, self.teacher.offers)).outcomes
         assert outcomes is not None
@@ -152,6 +167,13 @@ class Scorer:
         counts = [document.rows.stop - document.rows.start for document in documents]
         asked = Asked(batch.target_rows()[1], self._uniforms(batch, keys, counts))
         record = record_of(outcomes, asked, self.format, project_on=self.project_on).to("cpu")
+        if (row := not_a_number(record)) is not None:
+            examples = [example for members in rows for example in members]
+            number = next(n for n, document in enumerate(documents) if row < document.rows.stop)
+            raise TeacherError(
+                f"{self.teacher.name}: its answer to {examples[number].origin or f'example {examples[number].index}'} is not a number; "
+                "nothing of it was recorded. Load it in a wider dtype (teacher.dtype), or look at its weights"
+            )
         return [
             Answer(key, count, record.rows(document.rows)) for key, count, document in zip(keys, counts, documents, strict=True)
         ]
@@ -161,3 +183,15 @@ class Scorer:
             return None
         parts = [uniforms(self.seed, key, count, self.format.num_samples) for key, count in zip(keys, counts, strict=True)]
         return torch.from_numpy(np.concatenate(parts)).to(batch.tokens.device)
+
+
+def not_a_number(record: Record) -> int | None:
+    """The first row that holds what is none; None where all are numbers. The log of 0 is one, and stands among log-probabilities alone."""
+    if isinstance(record, TopKAndDrawn):
+        found = [row for row in (not_a_number(record.top), not_a_number(record.drawn)) if row is not None]
+        return min(found, default=None)
+    bad = torch.zeros(len(record), dtype=torch.bool)
+    for tensor in (value for value in vars(record).values() if isinstance(value, Tensor) and value.is_floating_point()):
+        wrong = tensor.isnan() | (tensor == torch.inf) if isinstance(record, TopKOutcomes) else ~tensor.isfinite()
+        bad |= wrong.flatten(1).any(1) if tensor.dim() > 1 else wrong
+    return int(bad.nonzero()[0]) if bad.any() else None
