@@ -5,16 +5,20 @@ import os
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 
+from potstill.cache.codec import make_codec
 from potstill.cache.records import RecordFormat
 from potstill.cache.store import CacheReader, CacheWriter
 from potstill.capture import ray_engine
 from potstill.capture.capture import work_left
 from potstill.capture.config import CaptureConfig
 from potstill.capture.ray_engine import RayCapture, capture_with_ray
-from potstill.capture.units import Share
-from potstill.errors import UsageError
+from potstill.capture.units import Scorer, Share, units
+from potstill.data.examples import ExampleSetBuilder
+from potstill.errors import TeacherError, UsageError
+from potstill.teachers.local import LocalTeacher
 from small_captures import PROVENANCE, example_set, keys_of, make_format, make_teacher_on, require_same, run_capture
 
 SETS = [example_set(24), example_set(8, seed=1)]
@@ -34,6 +38,50 @@ def test_without_ray_it_is_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'potstill\[ray\]'"):
         capture_with_ray(job(tmp_path, None, make_format()), left(tmp_path, make_format()))
+
+
+def test_a_row_goes_through_ray_with_its_teacher_and_its_place(tmp_path):
+    """An ensemble needs the route; a message the row's place."""
+    builder = ExampleSetBuilder(np.ones(320, np.int32))
+    for number, route in enumerate(["large", "", "small", "large"]):
+        builder.add([5, 6, 7 + number, 8][: 4 - number % 2], [(1, 3)], "rows.jsonl", number, route)
+    examples = builder.build()
+    with CacheWriter(str(tmp_path), PROVENANCE, make_format()) as writer:
+        work = work_left([examples], writer, Share())
+    for unit in units(work.sequences.lengths, 16):
+        item = ray_engine._item(work, unit)
+        for [found], number in zip(ray_engine._rows(*(item[name] for name in ray_engine._COLUMNS)), unit.numbers, strict=True):
+            expected = work.sequences.example(number)
+            assert (found.tokens, found.is_target) == (expected.tokens, expected.is_target)
+            assert (found.origin, found.route) == (expected.origin, expected.route)
+
+
+class Watched(LocalTeacher):
+    """Counts how often it was asked whether it is still the same."""
+
+    confirmed = 0
+
+    def heed(self, check):
+        raise AssertionError("no signal is heeded inside an actor")
+
+    def confirm(self):
+        self.confirmed += 1
+        if self.confirmed > 1:
+            raise TeacherError("another model")
+
+
+def test_an_actor_adds_nothing_that_its_teacher_may_not_have_said(tmp_path):
+    """The probe of a served teacher passes after a unit was answered and before it can be committed."""
+    format, actor = make_format(), ray_engine.UnitActor.__new__(ray_engine.UnitActor)
+    with CacheWriter(str(tmp_path), PROVENANCE, format) as writer:
+        work = work_left(SETS[1:], writer, Share())
+        actor._scorer = Scorer(Watched(make_teacher_on("cpu").causal_lm), format, 5, 0, 24)
+        actor._codec, actor._writer = make_codec(format), writer
+        first, second = (ray_engine._item(work, unit) for unit in units(work.sequences.lengths, 24 * 4)[:2])
+        done = actor({name: [value] for name, value in first.items()})
+        with pytest.raises(TeacherError):
+            actor({name: [value] for name, value in second.items()})
+        assert len(writer) == done["sequences"][0]
 
 
 @pytest.mark.slow

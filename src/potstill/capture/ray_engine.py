@@ -5,7 +5,7 @@ The unit of work is the one of every other way to capture. Ray is an extra and i
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +23,7 @@ from potstill.capture.disk import predicted_bytes, require_room
 from potstill.capture.units import Scorer, Unit, units
 from potstill.errors import PotstillError, UsageError
 from potstill.head import Head
-from potstill.teachers.teacher import Teacher
+from potstill.teachers.teacher import Teacher, confirm
 
 
 def require_ray() -> None:
@@ -69,18 +69,14 @@ class UnitActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Counts of what was done, one row a unit."""
-        counts = [self._unit(tokens, marks, lengths) for tokens, marks, lengths in zip(*(batch[name] for name in _COLUMNS), strict=True)]
+        counts = [self._unit(*unit) for unit in zip(*(batch[name] for name in _COLUMNS), strict=True)]
         self._writer.commit()
         return {name: np.array([count[name] for count in counts], dtype=np.int64) for name in ("sequences", "rows", "tokens", "bytes")}
 
-    def _unit(self, tokens: np.ndarray, marks: np.ndarray, lengths: np.ndarray) -> dict[str, int]:
-        ends = np.cumsum(lengths)
-        rows = [
-            [Example(np.asarray(tokens[end - length : end]).tolist(), np.asarray(marks[end - length : end]).astype(bool).tolist(), number)]
-            for number, (end, length) in enumerate(zip(ends.tolist(), np.asarray(lengths).tolist(), strict=True))
-        ]
-        written = 0
+    def _unit(self, *unit: Any) -> dict[str, int]:
+        rows, lengths, written = _rows(*unit), unit[2], 0
         answers = self._scorer(rows)
+        confirm(self._scorer.teacher)
         for answer in answers:
             payload = self._codec.encode(answer.record)
             self._writer.add(answer.key, answer.rows, payload)
@@ -88,7 +84,19 @@ class UnitActor:
         return {"sequences": len(rows), "rows": sum(answer.rows for answer in answers), "tokens": int(np.sum(lengths)), "bytes": written}
 
 
-_COLUMNS = ("tokens", "marks", "lengths")
+_COLUMNS = ("tokens", "marks", "lengths", "origins", "routes")
+
+
+def _rows(tokens: np.ndarray, marks: np.ndarray, lengths: np.ndarray, origins: Sequence[str], routes: Sequence[str]) -> list[list[Example]]:
+    """What `_item` was made of, an example a row."""
+    ends = np.cumsum(lengths).tolist()
+    return [
+        [Example(
+            np.asarray(tokens[end - length : end]).tolist(), np.asarray(marks[end - length : end]).astype(bool).tolist(), number,
+            str(origins[number]), str(routes[number]),
+        )]
+        for number, (end, length) in enumerate(zip(ends, np.asarray(lengths).tolist(), strict=True))
+    ]  # fmt: skip
 
 
 def _item(work: Work, unit: Unit) -> dict[str, Any]:
@@ -98,6 +106,7 @@ def _item(work: Work, unit: Unit) -> dict[str, Any]:
         "tokens": np.array([token for example in examples for token in example.tokens], dtype=np.int32),
         "marks": np.array([mark for example in examples for mark in example.is_target], dtype=np.int8),
         "lengths": np.array([len(example.tokens) for example in examples], dtype=np.int32),
+        "origins": [example.origin for example in examples], "routes": [example.route for example in examples],
     }
 
 

@@ -99,8 +99,8 @@ def _refuse_two_routes(sets: Sequence[ExampleSet], first: tuple[int, int], again
     if sets[one].route(number) != sets[other].route(index):
         raise DataError(
             f"{sets[other].origin(index)}: the row is for {sets[other].route(index)!r}, and {sets[one].origin(number)} with the same "
-            f"tokens for {sets[one].route(number)!r}; a cache holds one answer to a text: give both to one teacher, or capture each teacher into "
-            "a cache of its own"
+            f"tokens for {sets[one].route(number)!r}; a cache holds one answer to a text: give both to one teacher, or capture "
+            "each teacher into a cache of its own"
         )
 
 
