@@ -107,7 +107,7 @@ def capture(
     _quiet_libraries()
     from potstill.recipes.capturing import capture_recipe
 
-    capture_recipe(read, recipe, shard=share, engine=engine, quiet=quiet)
+    capture_recipe(read, recipe, overrides or (), shard=share, engine=engine, quiet=quiet)
 
 
 CachePath = Annotated[str, typer.Argument(help="The cache: a folder, or any path that fsspec knows.", show_default=False)]

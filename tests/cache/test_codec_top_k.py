@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.cache.codec import make_codec
+from potstill.cache.codec import VERSION, make_codec
+from potstill.cache.quantiser import Quantiser
 from potstill.cache.records import RecordFormat
 from potstill.cache.topk_codec import TopKCodec
 from potstill.errors import StorageError
@@ -35,6 +36,13 @@ def assert_sane(record: TopKOutcomes, decoded: TopKOutcomes, mean: float = 1e-4,
     assert (decoded.log_probs[:, 2:] <= decoded.log_probs[:, 1:-1]).all()
     assert (decoded.log_probs[:, 1:2] <= decoded.log_probs[:, :1] + 0.1).all()  # the first is what the others leave of 1
     assert decoded.temperature == 1.5
+
+
+def test_what_a_code_stands_for_is_that_of_its_version():
+    # A payload does not say its step: whoever changes it raises VERSION, or caches that exist are misread without a word.
+    table = Quantiser(65).log_probs
+    assert (VERSION, len(table)) == (1, 394)
+    np.testing.assert_allclose(table[[0, 197, 393]], [-2.8480703e-03, -1.6498001, -39.762871], rtol=1e-5)
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0, 4.0])

@@ -9,6 +9,7 @@ import pytest
 
 from faultfs import without_syncing
 from potstill.cache.catalogue import Catalogue
+from potstill.cache.codec import VERSION
 from potstill.cache.provenance import Provenance
 from potstill.cache.records import RecordFormat
 from potstill.cache.store import CacheReader, CacheWriter
@@ -178,6 +179,26 @@ def test_extra_files_are_kept_and_compared(path):
         write(path, {}, extra_files={"head.safetensors": b"weights2"})
     with pytest.raises(CacheError, match="not a name for an extra file"):
         write(path, {}, extra_files={"0-of-1-00000000.arrow": b""})
+
+
+@pytest.mark.parametrize("left", [None, b"", b"weighty"])
+def test_an_extra_file_that_was_lost_or_damaged_is_put_back_by_whoever_writes_next(tmp_path, left):
+    path = str(tmp_path / "cache")
+    write(path, {}, extra_files={"head.safetensors": b"weights"})
+    (tmp_path / "cache" / "head.safetensors").unlink()
+    if left is not None:
+        (tmp_path / "cache" / "head.safetensors").write_bytes(left)
+    with pytest.raises(StorageError, match=r"head\.safetensors"):
+        CacheReader(path).file("head.safetensors")
+    write(path, {}, extra_files={"head.safetensors": b"weights"})
+    assert CacheReader(path).file("head.safetensors") == b"weights"
+
+
+def test_answers_of_another_codec_are_refused_and_not_misread(path):
+    with CacheWriter(path, Provenance({**PROVENANCE.fields, "codec version": VERSION + 1}), FORMAT):
+        pass
+    with pytest.raises(CacheError, match=f"its answers are of codec version {VERSION + 1}, and this Potstill reads {VERSION}"):
+        CacheReader(path)
 
 
 def test_no_cache_is_said_so(path):

@@ -1,6 +1,7 @@
 """From a teacher to its recorded answers to a student, through the command line: cached equals live, and what does not fit is refused."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,32 @@ def test_answers_on_the_students_own_head_are_exact_for_forward_kl(place):
     live, cached = weights(place, "live-lora"), weights(place, "from-projected")
     for parameter, tensor in live.items():
         torch.testing.assert_close(cached[parameter], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "without student.lora every weight learns; add student.lora"),
+        (["student.lora={rank: 2, alpha: 4, targets: [q_proj, lm_head]}"], "student.lora trains the head; add student.lora"),
+        ([LORA, "student.path=PLACE/teacher"], "the record's projections are"),
+    ],
+)
+def test_answers_on_another_head_are_refused_before_the_run_begins(place, capsys, arguments, said):
+    assert potstill("capture", place / "r.yaml", "--quiet", LORA, f"capture={{path: {place}/projected, outcomes: projected}}") == 0
+    capsys.readouterr()
+    changed = [argument.replace("PLACE", str(place)) for argument in arguments]
+    assert distill(place, "refused", from_cache(place / "projected"), *changed) == 2
+    assert said in capsys.readouterr().err
+    assert not (place / "refused" / "recipe.yaml").exists()
+
+
+def test_a_capture_says_the_command_that_trains_from_it(place, capsys):
+    changed = ["data.max_tokens=48", f"run.folder={place}/said run", f"capture={{path: '{place}/of 48', k: 4}}"]
+    assert potstill("capture", place / "r.yaml", "--quiet", *changed) == 0
+    words = shlex.split(capsys.readouterr().out.split("train from it: ")[1])
+    assert words[0] == "potstill"
+    assert potstill(*words[1:], "--quiet", "training.steps=1") == 0
+    assert (place / "said run" / "student").is_dir()
 
 
 def test_random_samples_are_learned_from_by_their_own_support(place, capsys):

@@ -87,7 +87,10 @@ def read_description(place: Place) -> Description | None:
 
 
 def agree_on(place: Place, wanted: Description, extra_files: Mapping[str, bytes]) -> Description:
-    """Writes the description where there is none, the files before it; else compares. Raises CacheError that names what differs."""
+    """Writes the description where there is none, the files before it; else compares, and puts back a file that was damaged or lost.
+
+    Raises CacheError that names what differs.
+    """
     found = _read_or_unfinished(place)
     if found is None:
         for name, data in extra_files.items():
@@ -95,7 +98,18 @@ def agree_on(place: Place, wanted: Description, extra_files: Mapping[str, bytes]
         place.put(DESCRIPTION, wanted.text().encode())
         found = read_description(place) or wanted  # on an object store another writer may have been quicker
     _refuse(place.name, wanted, found)
+    for name, data in extra_files.items():
+        if not _is_whole(place, found, name):
+            place.put(name, data)
     return found
+
+
+def _is_whole(place: Place, description: Description, name: str) -> bool:
+    try:
+        read_file(place, description, name)
+    except StorageError:
+        return False
+    return True
 
 
 def _read_or_unfinished(place: Place) -> Description | None:

@@ -16,7 +16,8 @@ import xxhash
 from potstill.storage import to_json
 
 NOTES = "notes"                              # said, not compared
-RECORD_FIELDS = ("record", "codec version")  # how answers are written down: a writer must agree, a reader takes what is there
+CODEC_VERSION = "codec version"
+RECORD_FIELDS = ("record", CODEC_VERSION)    # how answers are written down: a writer must agree, a reader takes what is there
 TOLERANCE = "tolerance"                      # in a field that holds measured numbers: how far they may lie apart
 ABSENT = "nothing"
 

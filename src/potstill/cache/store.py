@@ -10,12 +10,12 @@ from contextlib import ExitStack
 import numpy as np
 
 from potstill.cache.catalogue import Catalogue, Damage
-from potstill.cache.codec import Codec, make_codec
+from potstill.cache.codec import VERSION, Codec, make_codec
 from potstill.cache.compaction import Numbers, compact, sweep
 from potstill.cache.description import Description, agree_on, describe, read_description, read_file
 from potstill.cache.exchange import commit, fetch
 from potstill.cache.locks import creation_lock, writer_lock
-from potstill.cache.provenance import Provenance
+from potstill.cache.provenance import CODEC_VERSION, Provenance
 from potstill.cache.records import Record, RecordFormat
 from potstill.cache.segments import DATA, KEY_BYTES, RECORD_OVERHEAD, SEGMENT_OVERHEAD, WRITER, key_array, key_list, segment_of
 from potstill.errors import CacheError, StorageError
@@ -27,8 +27,8 @@ _LOOKS = 3
 class CacheReader:
     """The committed answers under a folder or a URL; `refresh` sees what was committed since.
 
-    Raises CacheError where there is no cache, StorageError where its description is damaged. Damaged segments do not stop it: what is
-    whole can be read, and `damage` says the rest.
+    Raises CacheError where there is no cache or one of another codec, StorageError where its description is damaged. Damaged segments do
+    not stop it: what is whole can be read, and `damage` says the rest.
     """
 
     def __init__(self, path: str):
@@ -36,6 +36,12 @@ class CacheReader:
         description = read_description(self.place)
         if description is None:
             raise CacheError(f"{self.place.name}: no cache of answers lies here (no cache.json); was it captured under another path?")
+        coded = description.provenance.fields.get(CODEC_VERSION, VERSION)
+        if coded != VERSION:  # a payload does not say how it is coded: what is misread would look like an answer
+            raise CacheError(
+                f"{self.place.name}: its answers are of {CODEC_VERSION} {coded}, and this Potstill reads {VERSION}; use the Potstill that "
+                "made it, or capture into another path"
+            )
         self.description: Description = description
         self.catalogue = Catalogue(self.place, description.digest)
         self.unseen = set(self.catalogue.facts)

@@ -28,7 +28,7 @@ from potstill.objectives.distribution import DistributionMatching
 from potstill.objectives.execution import Execution
 from potstill.objectives.likelihood import Likelihood
 from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short, teacher_name
-from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, settle
+from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, refuse_other_head, settle
 from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import fingerprints_of, make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
@@ -179,6 +179,7 @@ def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Tea
         if recipe.run.merge_adapter:
             refuse_unmergeable(student.inner)
         prove(student, packed=recipe.data.packing)
+        refuse_other_head(preparation.cached, student.head(), size)
         opened.pop_all()
     return Distiller(student, objective), teacher
 

@@ -4,8 +4,11 @@ Every rank of a launch calls it and takes a share; what is asked, coded and comm
 """
 
 import gc
+import json
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -27,6 +30,7 @@ from potstill.recipes.provenance import provenance_of
 from potstill.recipes.recorded import open_caches
 from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import make_teacher, own_device
+from potstill.recipes.words import printable
 from potstill.teachers.cached import HEAD_FIELD, HEAD_FILE, head_to_bytes
 from potstill.teachers.config import LocalTeacherConfig, ServerTeacherConfig
 from potstill.teachers.local import LocalTeacher
@@ -35,11 +39,13 @@ from potstill.training.processes import Ranks
 
 
 def capture_recipe(
-    recipe: Recipe, name: str, *, shard: tuple[int, int] = (0, 1), engine: str | None = None, quiet: bool = False
-) -> CaptureSummary:
+    recipe: Recipe, name: str, overrides: Sequence[str] = (), *, shard: tuple[int, int] = (0, 1), engine: str | None = None,
+    quiet: bool = False,
+) -> CaptureSummary:  # fmt: skip
     """Records the answers that the recipe's teacher gives to its training and validation rows; asks only for what is not there.
 
-    `precheck_capture` has let the recipe pass. Raises PotstillError for everything that the user can mend.
+    `name` and `overrides` are the recipe as it was asked for, to say how to go on. `precheck_capture` has let the recipe pass. Raises
+    PotstillError for everything that the user can mend.
     """
     ranks = join_ranks()
     if engine is not None and ranks.world_size > 1:
@@ -69,8 +75,16 @@ def capture_recipe(
     if ranks.first:
         sys.stdout.write(f"{say_end(whole, config.path)}\n")
         if shard[1] == 1:
-            sys.stdout.write(f"train from it: potstill distill {name} teacher='{{kind: cache, path: {config.path}}}'\n")
+            sys.stdout.write(printable(f"train from it: {_command_from(config.path, name, overrides)}\n"))
     return whole
+
+
+def _command_from(path: str, name: str, overrides: Sequence[str]) -> str:
+    """The command that trains from the cache: what was set for the capture stays set, but who is asked and what is written."""
+    kept = [override.partition("=") for override in overrides if re.split(r"[.=]", override, maxsplit=1)[0] not in ("capture", "teacher")]
+    said = path if re.fullmatch(r"[\w/.~][\w/.:~+-]*", path) else json.dumps(path)
+    words = [shlex.quote(name), *(f"{key}={shlex.quote(value)}" for key, _, value in kept)]
+    return f"potstill distill {' '.join(words)} teacher={shlex.quote(f'{{kind: cache, path: {said}}}')}"
 
 
 def _with_ray(

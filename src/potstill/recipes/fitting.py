@@ -67,7 +67,7 @@ def refuse_unfit(recipe: "Recipe") -> None:
                 "row to one teacher with teacher.column, or name a local model or a cache of hidden rows"
             )
     if objective.support == "projected" and teacher is not None:
-        _refuse_trained_head(recipe, "objective.support")
+        refuse_trained_head(recipe, "objective.support")
     if recipe.capture is not None:
         _refuse_unfit_capture(recipe)
 
@@ -78,7 +78,7 @@ def _refuse_unfit_capture(recipe: "Recipe") -> None:
     if teacher is None:
         raise ValueError("capture: there is no teacher section, so there is nothing to ask; add one, or leave it out: capture=null")
     if capture.outcomes == "projected":
-        _refuse_trained_head(recipe, "capture.outcomes")
+        refuse_trained_head(recipe, "capture.outcomes")
     if capture.outcomes == "hidden" and isinstance(teacher, EnsembleTeacherConfig):
         raise ValueError("capture.outcomes: hidden rows belong to one head, and an ensemble has several; say top_k or sampled")
     for key, member in members(teacher):
@@ -92,7 +92,8 @@ def _refuse_unfit_capture(recipe: "Recipe") -> None:
             raise ValueError(f"capture.temperature: {key} is a server and answers at 1; found {capture.temperature}; leave it out")
 
 
-def _refuse_trained_head(recipe: "Recipe", key: str) -> None:
+def refuse_trained_head(recipe: "Recipe", key: str) -> None:
+    """Raises ValueError where the student's head learns, and what `key` stands for needs one that stays as it is."""
     student = recipe.student
     if student.lora is not None and not student.lora.on_head:
         return
@@ -123,7 +124,8 @@ def settled(objective: "ObjectiveConfig", answers: Answers) -> "ObjectiveConfig"
     for name, number in limits.items():
         asked = getattr(objective, name)
         if asked is not None and (asked > number if name == "top_k" else asked != number):
-            raise ValueError(f"objective.{name}: {asked} asked, and {answers.source} gives {number}; leave it out, or ask for no more")
+            remedy = "leave it out, or ask for no more" if name == "top_k" else "draws are taken all or none: leave it out"
+            raise ValueError(f"objective.{name}: {asked} asked, and {answers.source} gives {number}; {remedy}")
     if answers.temperature not in (None, objective.temperature) and support != "top_k_renormalised":
         raise ValueError(
             f"objective.temperature: {objective.temperature:g} asked, and {answers.source} answers at {answers.temperature:g}; set "

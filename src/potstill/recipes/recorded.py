@@ -9,8 +9,10 @@ from potstill.cache.store import CacheReader
 from potstill.data.examples import ExampleSet
 from potstill.data.prepare import PreparedData
 from potstill.errors import ConfigError
+from potstill.head import Head
 from potstill.models.identity import weights_digest
-from potstill.recipes.fitting import Answers, known_answers, members, settled
+from potstill.objectives.projection import check_projected
+from potstill.recipes.fitting import Answers, known_answers, members, refuse_trained_head, settled
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.provenance import reading_fields
 from potstill.recipes.schema import Recipe
@@ -40,6 +42,8 @@ def settle(recipe: Recipe, readers: Readers) -> tuple[Recipe, list[str]]:
         try:
             for answers in _narrowest_first(recipe, readers):
                 objective = settled(objective, answers)
+            if objective.support == "projected":
+                refuse_trained_head(recipe, f"objective.support: projected, what {_sources(recipe, readers)} gives")
         except ValueError as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
     if objective == recipe.objective:
@@ -89,6 +93,13 @@ def refuse_foreign_caches(recipe: Recipe, readers: Readers, preparation: Prepara
             teacher.refuse_missing(examples)
         found[key] = teacher
     return found
+
+
+def refuse_other_head(cached: Mapping[str, CachedTeacher], head: Head, vocabulary_size: int) -> None:
+    """Raises IncompatibleError where projected answers were made on another head than the student's, or one that learns."""
+    for teacher in cached.values():
+        if (record := teacher.projected_on()) is not None:
+            check_projected(head, record, vocabulary_size)
 
 
 def _refuse_other_model(reader: CacheReader, key: str, wanted: Mapping[str, str]) -> None:

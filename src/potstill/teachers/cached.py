@@ -146,6 +146,14 @@ class CachedTeacher:
 
     # ---------------------------------------------------------------- before training
 
+    def projected_on(self) -> ProjectedOutcomes | None:
+        """Of projected answers a record of no rows, which names the head that they were made on; None for any other."""
+        form = self._reader.format
+        if form.outcomes != "projected":
+            return None
+        none, stated = torch.zeros(0), str(self._reader.provenance.fields.get(HEAD_FIELD, ""))
+        return ProjectedOutcomes(none.reshape(0, form.width), none, none, stated, form.temperature)
+
     def missing(self, examples: ExampleSet) -> list[int]:
         """The examples with targets whose answers are not in the cache, ascending."""
         asked = np.flatnonzero(examples.target_counts)
