@@ -101,14 +101,32 @@ def _live(reader: CacheReader, recipe: Recipe, preparation: Preparation, teacher
 
 
 def _divergence(live: Record, stored: Record) -> Tensor:
-    """KL of the K + 1 outcomes of a live record and of the stored one, row by row. The ids of both are the same."""
+    """KL of what a teacher says now and of the stored record, row by row, over the ids that both kept and the rest.
+
+    Both keep the same ids but for those that a tie, or a rounding that hangs on the batch, puts just inside or just outside.
+    """
     ours, theirs = (record.top if isinstance(record, TopKAndDrawn) else record for record in (live, stored))
     assert isinstance(ours, TopKOutcomes)
     assert isinstance(theirs, TopKOutcomes)
-    mine, kept = _by_id(ours), _by_id(theirs)
-    return torch.where(mine > -torch.inf, mine.exp() * (mine - kept), 0.0).sum(1)
+    places, common = _places(theirs.ids, ours.ids)
+    mine, kept = ours.log_probs.double(), theirs.log_probs.double().gather(1, places)
+    rest, other = _rest(ours, common), _rest(theirs, _places(ours.ids, theirs.ids)[1])
+    return torch.where(common, _term(mine, kept), 0.0).sum(1) + _term(rest, other)
 
 
-def _by_id(top: TopKOutcomes) -> Tensor:
-    order = top.ids.argsort(dim=1)
-    return torch.cat([top.log_probs.double().gather(1, order), top.log_tail.double().unsqueeze(1)], 1)
+def _places(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Row by row: where each of `wanted` stands in `ids`, and whether it does."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    places = torch.searchsorted(ordered, wanted.contiguous()).clamp_max(ids.shape[1] - 1)
+    return order.gather(1, places), ordered.gather(1, places) == wanted
+
+
+def _rest(top: TopKOutcomes, common: Tensor) -> Tensor:
+    """The log of the mass of all but the common ids."""
+    alone = top.log_probs.double().masked_fill(common, -torch.inf)
+    return torch.cat([alone, top.log_tail.double().unsqueeze(1)], 1).logsumexp(1)
+
+
+def _term(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p log(p / q), 0 where p is 0."""
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
