@@ -163,6 +163,22 @@ def test_padding_names_no_outcome(support, place):
             torch.testing.assert_close(again, slope)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_row_of_padding_alone_leaves_cross_entropy_and_says_nothing_of_the_teacher(temperature):
+    """A served teacher whose most likely tokens all lie beyond the vocabulary: the rest is everything, the filling's id too."""
+    student, targets = logits_of(0), torch.tensor([0, 0, 4, 8, 0])
+    record = record_of(logits_of(1), temperature=temperature)
+    ids, kept, tail = record.ids.clone(), record.log_probs.clone(), record.log_tail.clone()
+    ids[:3], kept[:3], tail[:3] = 0, -torch.inf, 0.0
+    record = TopKOutcomes(ids, kept, tail, None, temperature)
+    loss, gradient = loss_of(student, record, "top_k_tail", "forward_kl", targets, temperature=temperature, kd_ratio=0.5)
+    rows = student.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(rows, targets, reduction="none")
+    torch.testing.assert_close(loss.by_row["cross_entropy"], expected.detach())
+    assert float(loss.by_row["divergence"][:3].abs().max()) < 1e-12
+    torch.testing.assert_close(gradient[:3], torch.autograd.grad(0.5 * expected.sum(), rows)[0][:3])
+
+
 def test_a_renormalised_record_may_be_used_at_another_temperature_and_the_others_not_silently():
     student, teacher = logits_of(0), logits_of(1)
     at_one, at_two = record_of(teacher, temperature=1.0), record_of(teacher, temperature=2.0)

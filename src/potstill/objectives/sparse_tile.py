@@ -38,9 +38,12 @@ class _Parted:
 
 
 def _part(logits: Tensor, ids: Tensor, repeated: Tensor, picked: Tensor) -> _Parted:
-    """`logits [n, V]` are given up. The rest is summed by itself: one minus the mass of the ids would cancel."""
+    """`logits [n, V]` are given up. The rest is summed by itself: one minus the mass of the ids would cancel.
+
+    Where nothing is kept, all of a row being padding, the rest is everything.
+    """
     on_ids, at_target = logits.gather(-1, ids), logits.gather(-1, picked)
-    rest = logits.scatter_(-1, ids, -torch.inf)
+    rest = logits.scatter_(-1, ids, on_ids.masked_fill(~repeated.all(-1, keepdim=True), -torch.inf))
     top = rest.amax(-1, keepdim=True).clamp_min(LOG_ZERO)
     shape = rest.sub_(top).exp_()
     mass = shape.sum(-1, keepdim=True)
