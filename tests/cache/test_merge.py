@@ -171,6 +171,17 @@ def test_what_is_dropped_is_asked_for_again(tmp_path):
     _require(path, KEYS)
 
 
+def test_a_damaged_index_is_mended_as_the_advice_says(tmp_path):
+    path = _write(tmp_path / "cache", KEYS)
+    index = next((tmp_path / "cache").glob("*.index"))
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    advice = verification_text(verify(path))
+    assert "verify --drop" in advice
+    assert "nothing is lost" in verification_text(verify(path, drop=True))
+    assert verify(path).exit_code == 0
+    _require(path, KEYS)
+
+
 @pytest.mark.parametrize("fault", ["torn", "power_loss"])
 def test_dropping_that_was_broken_off_anywhere_loses_nothing_whole(fault, tmp_path):
     def prepare(root):

@@ -94,7 +94,7 @@ def test_answers_on_another_head_are_refused_before_the_run_begins(place, capsys
 
 
 def test_a_capture_says_the_command_that_trains_from_it(place, capsys):
-    changed = ["data.max_tokens=48", f"run.folder={place}/said run", f"capture={{path: '{place}/of 48', k: 4}}"]
+    changed = ["data.max_tokens=48", f"run.folder={place}/said run", f"capture={{path: '{place}/of 48', k: 4, temperature: 2.0}}"]
     assert potstill("capture", place / "r.yaml", "--quiet", *changed) == 0
     words = shlex.split(capsys.readouterr().out.split("train from it: ")[1])
     assert words[0] == "potstill"
@@ -261,6 +261,11 @@ def test_check_predicts_what_a_capture_writes(place, capsys, outcomes):
         (["capture", "r.yaml", "capture={path: c}", "objective.kd_ratio=0"], "the teacher is never asked"),
         (["distill", "r.yaml", "teacher={kind: cache, path: nowhere}"], "teacher.path: nowhere: no such folder"),
         (["distill", "r.yaml", "teacher={kind: cache, path: student}"], "teacher.path: student: no cache there (cache.json is missing)"),
+        (
+            ["check", "r.yaml", "teacher={kind: ensemble, teachers: {one: {kind: cache, path: cache}, two: {path: teacher}}}"],
+            "teacher.teachers.one: a mean needs whole distributions, and the cache",
+        ),
+        (["evaluate", "student", "--data", "rows.jsonl", "--teacher", "cache"], "this is a cache of recorded answers"),
         (["cache", "inspect", "nowhere"], "no cache of answers lies here"),
         (["cache", "verify", "student"], "no cache of answers lies here"),
     ],

@@ -12,7 +12,7 @@ from potstill.cache.catalogue import Damage
 from potstill.cache.compaction import Numbers, carry
 from potstill.cache.exchange import fetch
 from potstill.cache.locks import writer_lock
-from potstill.cache.segments import DATA, SegmentName, key_list, segment_of
+from potstill.cache.segments import DATA, INDEX, SegmentName, key_list, segment_of
 from potstill.cache.store import CacheReader
 from potstill.errors import StorageError
 
@@ -32,6 +32,7 @@ class Verification:
     missing: Mapping[bytes, str]
     unfinished: tuple[str, ...]
     dropped: int = 0
+    written_anew: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -60,7 +61,7 @@ def verify(path: str, expected: Iterable[tuple[bytes, str]] | None = None, *, dr
         missing.update({key: missing.get(key, "") for key in damage.keys if key not in reader})
     found = (*of_files, *reader.damage)
     dropped = _drop(reader, {segment_of(name) for name in damaged.values()}) if drop else 0
-    return Verification(reader.name, whole, len(reader.segments), found, damaged, missing, unfinished(reader), dropped)
+    return Verification(reader.name, whole, len(reader.segments), found, damaged, missing, unfinished(reader), dropped, drop)
 
 
 def parts_of(entries: np.ndarray) -> Iterator[slice]:
@@ -134,7 +135,10 @@ def verification_text(found: Verification) -> str:
     else:
         damaged = f"{counted(len(found.damage), 'file')} and {counted(len(found.damaged), 'answer')} damaged"
         lines.append(f"{damaged}, {counted(len(found.missing), 'answer')} missing")
-        if found.dropped or not found.damaged:
+        of_index = [damage for damage in found.damage if damage.name.endswith(INDEX)]
+        if found.written_anew and not found.missing and not found.damaged and len(of_index) == len(found.damage):
+            lines.append("what was damaged is written anew; nothing is lost")
+        elif found.written_anew or not (found.damaged or of_index):
             lines.append("capture again: only what is not here is asked for")
         else:
             lines.append("`potstill cache verify --drop` leaves the damaged answers out; then capture again, and only these are asked for")

@@ -75,7 +75,9 @@ def capture_recipe(
     if ranks.first:
         sys.stdout.write(f"{say_end(whole, config.path)}\n")
         if shard[1] == 1:
-            sys.stdout.write(printable(f"train from it: {_command_from(config.path, name, overrides)}\n"))
+            other = config.outcomes != "hidden" and config.temperature != recipe.objective.temperature
+            kept = [*overrides, *([f"objective.temperature={config.temperature}"] if other else [])]
+            sys.stdout.write(printable(f"train from it: {_command_from(config.path, name, kept)}\n"))
     return whole
 
 

@@ -110,6 +110,7 @@ def check_model(side: str, config: LoadingConfig) -> None:
         raise ModelError(f"{side}.path: {config.path}: {what}; a model is a folder with config.json and safetensors, or a name on the hub")
     if folder.is_dir() and not (folder / "config.json").is_file() and not _is_adapter(folder):
         hint = f"; this is a run folder, its model is {config.path.rstrip('/')}/student" if (folder / "student").is_dir() else ""
+        hint = hint or ("; this is a cache of recorded answers, and here the model itself is asked" if (folder / _CACHE).is_file() else "")
         raise ModelError(f"{side}.path: {config.path}: no config.json there, so it is not a model{hint}")
     if config.adapter is not None and is_local(config.adapter) and not _is_adapter(Path(config.adapter).expanduser()):
         raise ModelError(

@@ -23,10 +23,21 @@ Readers = Mapping[str, CacheReader]
 
 
 def open_caches(recipe: Recipe) -> dict[str, CacheReader]:
-    """The caches that the recipe's teachers are, by their keys. Raises CacheError and StorageError naming the path."""
+    """The caches that the recipe's teachers are, by their keys. Raises CacheError and StorageError naming the path.
+
+    Raises ConfigError for a cache that a mean cannot take.
+    """
     if not recipe.objective.asks_teacher:
         return {}
-    return {key: CacheReader(member.path) for key, member in members(recipe.teacher) if isinstance(member, CacheTeacherConfig)}
+    readers = {key: CacheReader(member.path) for key, member in members(recipe.teacher) if isinstance(member, CacheTeacherConfig)}
+    if isinstance(recipe.teacher, EnsembleTeacherConfig) and recipe.teacher.column is None:
+        for key, reader in readers.items():
+            if reader.format.outcomes != "hidden":
+                raise ConfigError(
+                    f"{key}: a mean needs whole distributions, and the cache {reader.name} holds {reader.format.outcomes} outcomes; take a "
+                    "local model or a cache of hidden rows, or give each row to one teacher with teacher.column"
+                )
+    return readers
 
 
 def settle(recipe: Recipe, readers: Readers) -> tuple[Recipe, list[str]]:
