@@ -11,6 +11,7 @@ from potstill.errors import ConfigError, IncompatibleError, TeacherError
 from potstill.signals import Needs, TopKOutcomes
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server import ServerTeacher
+from potstill.teachers.server_http import read_key
 from potstill.teachers.teacher import Teacher, require
 from stub_server import Bigram, StubServer
 from tiny import tiny_tokenizer
@@ -222,3 +223,16 @@ def test_a_key_that_cannot_be_one_is_refused_with_its_place(value, said, monkeyp
     with pytest.raises(ConfigError, match=f"teacher.api_key_env.*THE_KEY.*{said}") as caught:
         ServerTeacher(config("http://127.0.0.1:1", api_key_env="THE_KEY"), vocabulary_size=VOCABULARY)
     assert "words" not in str(caught.value)
+
+
+def test_files_under_the_home_folder_are_found(tmp_path, monkeypatch):
+    """What the check before a run finds there is what the run reads."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path / "served")
+    (tmp_path / "key").write_text("canary-4711\n")
+    with StubServer(texts=lambda number: "elsewhere") as stub:
+        named = config(stub.url, tokenizer="~/served", api_key_file="~/key")
+        key = read_key(named)
+        assert key is not None
+        assert key.reveal() == "canary-4711"
+        ServerTeacher(named, vocabulary_size=VOCABULARY, tokenizer=tiny_tokenizer()).close()

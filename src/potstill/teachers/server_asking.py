@@ -65,7 +65,8 @@ class Asker:
 
     def _compare_tokenizers(self, path: str, ours: PreTrainedTokenizerBase) -> None:
         try:
-            theirs = AutoTokenizer.from_pretrained(path)
+            folder = Path(path).expanduser()
+            theirs = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path)
         except (OSError, ValueError) as error:
             raise ModelError(f"teacher.tokenizer: {path}: no tokenizer can be read there ({clean(str(error))})") from None
         refuse_different(compare_tokenizers(ours, theirs), str(ours.name_or_path), path)

@@ -74,7 +74,7 @@ def read_key(config: ServerTeacherConfig) -> Secret | None:
     elif config.api_key_file is not None:
         place = f"teacher.api_key_file: {config.api_key_file}"
         try:
-            found = Path(config.api_key_file).read_text(encoding="utf-8")
+            found = Path(config.api_key_file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{place} cannot be read ({type(error).__name__})") from None
     else:
