@@ -115,27 +115,27 @@ CachePath = Annotated[str, typer.Argument(help="The cache: a folder, or any path
 
 @cache_app.command("inspect")
 def cache_inspect(
-    path: CachePath,
+    path: CachePath, overrides: Overrides = None,
     teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Also ask this recipe's teacher, for what records lose.")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Answers, bytes a token, the mass of the kept ids, provenance; with a teacher at hand also what the records lose against it."""
     _quiet_libraries()
     from potstill.recipes.caches import inspect_cache
 
-    sys.stdout.write(_safe(inspect_cache(path, teacher)))
+    sys.stdout.write(_safe(inspect_cache(path, teacher, overrides or ())))
 
 
 @cache_app.command("verify")
 def cache_verify(
-    path: CachePath,
+    path: CachePath, overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Also list the rows of this recipe that have no answer.")] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Leave out what is damaged, so that the next capture asks for it again.")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Compares every record with its checksum. Exit code 1 where something is damaged or missing."""
     _quiet_libraries()
     from potstill.recipes.caches import verify_cache
 
-    text, code = verify_cache(path, recipe, drop=drop)
+    text, code = verify_cache(path, recipe, overrides or (), drop=drop)
     sys.stdout.write(_safe(text))
     raise typer.Exit(code)
 

@@ -102,6 +102,18 @@ def test_a_capture_says_the_command_that_trains_from_it(place, capsys):
     assert (place / "said run" / "student").is_dir()
 
 
+def test_a_cache_is_compared_with_the_recipe_as_it_was_captured(place, capsys):
+    short = "data.max_tokens=40"
+    assert potstill("capture", place / "r.yaml", "--quiet", short, f"capture={{path: {place}/of40, k: 4}}") == 0
+    assert potstill("cache", "verify", place / "of40", "--recipe", place / "r.yaml", short) == 0
+    assert potstill("cache", "inspect", place / "of40", "--teacher", place / "r.yaml", short) == 0
+    assert "lost by the record" in capsys.readouterr().out
+    assert potstill("cache", "inspect", place / "of40", "--teacher", place / "r.yaml") == 2
+    assert "truncation.max_tokens" in capsys.readouterr().err
+    assert potstill("cache", "verify", place / "of40", short) == 2
+    assert "add --recipe RECIPE" in capsys.readouterr().err
+
+
 def test_random_samples_are_learned_from_by_their_own_support(place, capsys):
     section = f"capture={{path: {place}/drawn, outcomes: sampled, num_samples: 20}}"
     assert potstill("capture", place / "r.yaml", "--quiet", section) == 0

@@ -14,7 +14,7 @@ from potstill.cache.store import CacheReader
 from potstill.cache.verify import verification_text, verify
 from potstill.capture.units import Scorer, Share, sequences_of, units
 from potstill.data.examples import ExampleSet
-from potstill.errors import ConfigError
+from potstill.errors import ConfigError, UsageError
 from potstill.recipes.assemble import prepare_run
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.provenance import provenance_of
@@ -31,17 +31,19 @@ from potstill.teachers.teacher import Teacher
 _ASKED_ANEW = 64
 
 
-def inspect_cache(path: str, recipe_name: str | None) -> str:
+def inspect_cache(path: str, recipe_name: str | None, overrides: Sequence[str] = ()) -> str:
     """The lines of `potstill cache inspect`; with a recipe also what records lose against its teacher."""
+    _refuse_idle(recipe_name, overrides, "--teacher")
     found = inspect(path)
-    return inspection_text(found, None if recipe_name is None else _loss(path, recipe_name))
+    return inspection_text(found, None if recipe_name is None else _loss(path, recipe_name, overrides))
 
 
-def verify_cache(path: str, recipe_name: str | None, *, drop: bool) -> tuple[str, int]:
+def verify_cache(path: str, recipe_name: str | None, overrides: Sequence[str] = (), *, drop: bool) -> tuple[str, int]:
     """The lines of `potstill cache verify` and its exit code."""
+    _refuse_idle(recipe_name, overrides, "--recipe")
     expected = None
     if recipe_name is not None:
-        _, preparation = _prepared(recipe_name)
+        _, preparation = _prepared(recipe_name, overrides)
         expected = [
             (key, examples.origin(index))
             for examples in _sets(preparation) for index in np.flatnonzero(examples.target_counts).tolist()
@@ -57,9 +59,14 @@ def merge_caches(out: str, paths: Sequence[str]) -> tuple[str, int]:
     return merged_text(merged), 1 if merged.damaged else 0
 
 
-def _prepared(recipe_name: str) -> tuple[Recipe, Preparation]:
+def _refuse_idle(recipe_name: str | None, overrides: Sequence[str], option: str) -> None:
+    if recipe_name is None and overrides:
+        raise UsageError(f"{overrides[0]}: a key of a recipe, and no recipe is named; add {option} RECIPE")
+
+
+def _prepared(recipe_name: str, overrides: Sequence[str]) -> tuple[Recipe, Preparation]:
     """A recipe and its rows, as a run would see them. Its own caches are not asked whether they hold them."""
-    recipe = read_recipe(recipe_name)
+    recipe = read_recipe(recipe_name, overrides)
     return recipe, prepare_run(recipe, {}, quiet=True)
 
 
@@ -70,14 +77,14 @@ def _sets(preparation: Preparation) -> list[ExampleSet]:
 # ---------------------------------------------------------------- against a live teacher
 
 
-def _loss(path: str, recipe_name: str) -> Loss:
+def _loss(path: str, recipe_name: str, overrides: Sequence[str]) -> Loss:
     """What the records of some sequences lose. Raises ConfigError and CacheError where teacher and cache do not belong together."""
     reader = CacheReader(path)
     if reader.format.outcomes not in ("top_k", "top_k_sampled"):
         raise ConfigError(
             f"--teacher: {path} holds {reader.format.outcomes} records; what one of them loses is no number of one row: only a top K has it"
         )
-    recipe = read_recipe(recipe_name)
+    recipe = read_recipe(recipe_name, overrides)
     if recipe.teacher is None or isinstance(recipe.teacher, CacheTeacherConfig):
         raise ConfigError(f"{recipe_name}: teacher: name the teacher itself, which is asked anew; a cache would be compared with itself")
     preparation = prepare_run(recipe, open_caches(recipe), quiet=True)

@@ -150,5 +150,5 @@ def _rebuilt(objective: "ObjectiveConfig", values: dict[str, Any], answers: Answ
         said = str(cause).removeprefix("objective: ").rpartition(";")[0] or str(cause)
         raise ValueError(
             f"objective.support: {answers.source} gives {answers.outcomes} outcomes, so it would be {values['support']}: {said}; "
-            "choose another divergence, or another teacher"
+            "change what does not fit, or choose another teacher"
         ) from None
