@@ -5,10 +5,10 @@ import torch
 
 from potstill.batch import Batch
 from potstill.cache.store import CacheReader
-from potstill.capture.record_loss import record_loss
+from potstill.capture.record_loss import divergence, record_loss
 from potstill.data.collation import collate
 from potstill.errors import CacheError
-from potstill.signals import Needs
+from potstill.signals import FullOutcomes, Needs, Offers, TeacherSignal, TopKOutcomes
 from small_captures import VOCABULARY, example_set, make_format, make_teacher, run_capture
 
 EXAMPLES = example_set(12)
@@ -64,3 +64,49 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     run_capture(tmp_path / "other", [example_set(3, seed=5)])
     with pytest.raises(CacheError, match="none of the 12 sequences"):
         record_loss(CacheReader(str(tmp_path / "other")), make_teacher(), list(EXAMPLES), pad_token=0)
+
+
+class TopOfATeacher:
+    """A teacher that says its top K alone, as a server does."""
+
+    name, offers, identity = "a top K", Offers(frozenset({"top_k"}), top_k=8, temperature=1.0), {}
+
+    def score(self, batch, needs):
+        outcomes = make_teacher().score(batch, Needs("full")).outcomes
+        assert isinstance(outcomes, FullOutcomes)
+        log_probs = outcomes.head.logits(outcomes.hidden)[:, :VOCABULARY].double().log_softmax(-1)
+        top, ids = log_probs.topk(8, dim=-1)
+        return TeacherSignal(TopKOutcomes(ids, top.float(), torch.log1p(-top.exp().sum(-1)).float()))
+
+    def close(self):
+        pass
+
+
+def test_a_teacher_that_says_its_top_k_alone_shows_what_the_coding_costs_and_nothing_of_the_tail(tmp_path):
+    run_capture(tmp_path / "cache", [EXAMPLES], format=make_format("top_k", k=8))
+    reader = CacheReader(str(tmp_path / "cache"))
+    whole = record_loss(reader, make_teacher(), list(EXAMPLES), pad_token=0)
+    found = record_loss(reader, TopOfATeacher(), list(EXAMPLES), pad_token=0)
+    assert found.coding_mean == pytest.approx(whole.coding_mean, abs=1e-6)
+    assert (found.rows, found.tail_mean) == (whole.rows, None)
+
+
+def kept(log_probs: torch.Tensor, ids: list[int]) -> TopKOutcomes:
+    rest = [number for number in range(log_probs.shape[1]) if number not in ids]
+    return TopKOutcomes(torch.tensor([ids]).expand(len(log_probs), -1), log_probs[:, ids], log_probs[:, rest].logsumexp(1))
+
+
+ROWS = torch.tensor([[0.05, 0.5, 0.3, 0.1, 0.05], [0.1, 0.4, 0.3, 0.1, 0.1]], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3, 4], [3, 1, 4, 2], [1, 2, 3, 0], [0, 1, 2, 3]])
+def test_equal_answers_lose_nothing_whichever_of_tied_ids_is_kept(ids):
+    assert float(divergence(kept(ROWS, [1, 2, 3, 4]), kept(ROWS, ids)).abs().max()) < 1e-12
+
+
+def test_it_is_thedivergence_of_what_both_kept_and_the_rest():
+    other = (ROWS + torch.tensor([[0.3, -0.2, 0.1, 0.0, 0.4], [0.0, 0.2, -0.1, 0.3, 0.1]])).log_softmax(1)
+    p, q = (torch.cat([rows[:, [1, 2, 3]], rows[:, [0, 4]].logsumexp(1, keepdim=True)], 1) for rows in (ROWS, other))
+    expected = (p.exp() * (p - q)).sum(1)
+    found = divergence(kept(ROWS, [1, 2, 3, 4]), kept(other, [0, 3, 1, 2]))
+    assert torch.allclose(found, expected, atol=1e-12)

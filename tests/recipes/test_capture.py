@@ -107,7 +107,7 @@ def test_a_cache_is_compared_with_the_recipe_as_it_was_captured(place, capsys):
     assert potstill("capture", place / "r.yaml", "--quiet", short, f"capture={{path: {place}/of40, k: 4}}") == 0
     assert potstill("cache", "verify", place / "of40", "--recipe", place / "r.yaml", short) == 0
     assert potstill("cache", "inspect", place / "of40", "--teacher", place / "r.yaml", short) == 0
-    assert "lost by the record" in capsys.readouterr().out
+    assert "lost by coding" in capsys.readouterr().out
     assert potstill("cache", "inspect", place / "of40", "--teacher", place / "r.yaml") == 2
     assert "truncation.max_tokens" in capsys.readouterr().err
     assert potstill("cache", "verify", place / "of40", short) == 2
@@ -242,7 +242,7 @@ def test_inspect_says_what_a_cache_holds_and_what_its_records_lose(place, cache,
     said = capsys.readouterr().out
     for part in ("top_k, k = 16", "36 sequences", "bytes a token", "mass of the kept ids", "teacher weights", "tokenizer"):
         assert part in said, part
-    lost = float(said.split("lost by the record")[1].split()[0])
+    lost = float(said.split("lost by coding")[1].split()[0])
     assert 0 <= lost < 1e-4  # 16 nearly equal outcomes are the worst case for the codec
 
 

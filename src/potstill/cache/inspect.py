@@ -1,9 +1,9 @@
 """What a cache holds, in numbers for people: answers, bytes a token, how much of the teacher's mass was kept, provenance, what is damaged.
 
-What a record loses against a live teacher is measured here too, by a function that the caller brings.
+It asks no teacher: what a record loses against one is measured by who has one at hand.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,32 +140,14 @@ def _of_top_k(record: TopKOutcomes) -> dict[str, Tensor]:
     return measured
 
 
-# ---------------------------------------------------------------- against a live teacher
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What the record of `rows` rows loses against what the teacher says now, in nats."""
-
-    rows: int
-    mean: float
-    worst: float
-
-
-def loss_against(
-    reader: CacheReader, live: Iterable[tuple[Sequence[bytes], Record]], divergence: Callable[[Record, Record], Tensor]
-) -> Loss:
-    """`live` yields sequences with the record that was just made of them; `divergence(live, stored)` gives nats a row."""
-    values = [divergence(now, reader.read(keys)).double().flatten() for keys, now in live]
-    joined = torch.cat(values) if values else torch.zeros(0)
-    return Loss(len(joined), float(joined.mean()), float(joined.max())) if len(joined) else Loss(0, 0.0, 0.0)
-
-
 # ---------------------------------------------------------------- in words
 
 
-def inspection_text(found: Inspection, loss: Loss | None = None) -> str:
-    """The same as lines of text; field by field the provenance, one line for each thing that is damaged."""
+def inspection_text(found: Inspection, lost: Sequence[tuple[str, str]] = ()) -> str:
+    """The same as lines of text; field by field the provenance, one line for each thing that is damaged.
+
+    `lost` are names and words for what the records lose against a teacher.
+    """
     kind = found.format
     number = {"top_k": f"k = {kind.k}", "sampled": f"{kind.num_samples} draws", "top_k_sampled": f"k = {kind.k}, {kind.num_samples} draws"}
     said = number.get(kind.outcomes, f"width {kind.width}, {kind.dtype}")
@@ -175,9 +157,7 @@ def inspection_text(found: Inspection, loss: Loss | None = None) -> str:
         ("size", f"{found.bytes:,} bytes in {counted(found.segments, 'segment')}, {found.bytes_a_token:.1f} bytes a token"),
         ("writers", ", ".join(found.writers) or "none"), *_contents_lines(found.contents),
     ]  # fmt: skip
-    if loss is not None:
-        lost = f"{loss.mean:.2e} nats a token in the mean, {loss.worst:.2e} at worst, over {loss.rows:,} tokens"
-        lines.append(("lost by the record", lost))
+    lines += lost
     lines += [(name, shown(value)) for name, value in found.provenance.compared.items() if name != "record"]
     lines += [(f"note: {name}", shown(value)) for name, value in (found.provenance.fields.get(NOTES) or {}).items()]
     lines += [("damaged", str(damage)) for damage in found.damage]

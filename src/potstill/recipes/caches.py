@@ -1,18 +1,17 @@
 """`potstill cache`: a cache in numbers and words, verified, put together; what its records lose against a teacher asked anew."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from potstill.cache.inspect import Loss, inspect, inspection_text, loss_against
+from potstill.batch import Example
+from potstill.cache.inspect import inspect, inspection_text
 from potstill.cache.merge import merge, merged_text
-from potstill.cache.records import Record, TopKAndDrawn
 from potstill.cache.store import CacheReader
 from potstill.cache.verify import verification_text, verify
-from potstill.capture.units import Scorer, Share, sequences_of, units
+from potstill.capture.record_loss import RecordLoss, record_loss
+from potstill.capture.units import Share, sequences_of
 from potstill.data.examples import ExampleSet
 from potstill.errors import ConfigError, UsageError
 from potstill.recipes.assemble import prepare_run
@@ -22,7 +21,6 @@ from potstill.recipes.read import read_recipe
 from potstill.recipes.recorded import open_caches
 from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import make_teacher, own_device
-from potstill.signals import TopKOutcomes
 from potstill.teachers.cached import refuse_foreign
 from potstill.teachers.config import CacheTeacherConfig
 from potstill.teachers.teacher import Teacher
@@ -35,7 +33,7 @@ def inspect_cache(path: str, recipe_name: str | None, overrides: Sequence[str] =
     """The lines of `potstill cache inspect`; with a recipe also what records lose against its teacher."""
     _refuse_idle(recipe_name, overrides, "--teacher")
     found = inspect(path)
-    return inspection_text(found, None if recipe_name is None else _loss(path, recipe_name, overrides))
+    return inspection_text(found, () if recipe_name is None else _loss(path, recipe_name, overrides))
 
 
 def verify_cache(path: str, recipe_name: str | None, overrides: Sequence[str] = (), *, drop: bool) -> tuple[str, int]:
@@ -77,8 +75,8 @@ def _sets(preparation: Preparation) -> list[ExampleSet]:
 # ---------------------------------------------------------------- against a live teacher
 
 
-def _loss(path: str, recipe_name: str, overrides: Sequence[str]) -> Loss:
-    """What the records of some sequences lose. Raises ConfigError and CacheError where teacher and cache do not belong together."""
+def _loss(path: str, recipe_name: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """What the records of some sequences lose, in words. Raises ConfigError and CacheError where teacher and cache do not fit together."""
     reader = CacheReader(path)
     if reader.format.outcomes not in ("top_k", "top_k_sampled"):
         raise ConfigError(
@@ -90,50 +88,22 @@ def _loss(path: str, recipe_name: str, overrides: Sequence[str]) -> Loss:
     preparation = prepare_run(recipe, open_caches(recipe), quiet=True)
     with closing(make_teacher(recipe, preparation)) as teacher:
         refuse_foreign(reader.provenance, _of_teacher(recipe, preparation, teacher), path)
-        return loss_against(reader, _live(reader, recipe, preparation, teacher), _divergence)
+        return _in_words(record_loss(reader, teacher, _sample(reader, preparation), pad_token=preparation.pad_token, device=own_device()))
 
 
 def _of_teacher(recipe: Recipe, preparation: Preparation, teacher: Teacher) -> dict:
     return {name: value for name, value in provenance_of(recipe, preparation, teacher).compared.items() if name != "codec version"}
 
 
-def _live(reader: CacheReader, recipe: Recipe, preparation: Preparation, teacher: Teacher) -> Iterator[tuple[list[bytes], Record]]:
+def _sample(reader: CacheReader, preparation: Preparation) -> list[Example]:
     wanted = sequences_of(_sets(preparation), Share())
-    sequences = wanted.select(np.flatnonzero(reader.holds(wanted.keys))[:_ASKED_ANEW])
-    widest = int(sequences.lengths.max()) if len(sequences) else 8
-    scorer = Scorer(teacher, reader.format, recipe.run.seed, preparation.pad_token, widest, own_device(), None)
-    for unit in units(sequences.lengths, 4096):
-        for answer in scorer(sequences.examples(unit)):
-            yield [answer.key], answer.record
+    held = np.flatnonzero(reader.holds(wanted.keys))[:_ASKED_ANEW]
+    return [wanted.example(int(number)) for number in held]
 
 
-def _divergence(live: Record, stored: Record) -> Tensor:
-    """KL of what a teacher says now and of the stored record, row by row, over the ids that both kept and the rest.
-
-    Both keep the same ids but for those that a tie, or a rounding that hangs on the batch, puts just inside or just outside.
-    """
-    ours, theirs = (record.top if isinstance(record, TopKAndDrawn) else record for record in (live, stored))
-    assert isinstance(ours, TopKOutcomes)
-    assert isinstance(theirs, TopKOutcomes)
-    places, common = _places(theirs.ids, ours.ids)
-    mine, kept = ours.log_probs.double(), theirs.log_probs.double().gather(1, places)
-    rest, other = _rest(ours, common), _rest(theirs, _places(ours.ids, theirs.ids)[1])
-    return torch.where(common, _term(mine, kept), 0.0).sum(1) + _term(rest, other)
-
-
-def _places(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Row by row: where each of `wanted` stands in `ids`, and whether it does."""
-    ordered, order = ids.sort(dim=1, stable=True)
-    places = torch.searchsorted(ordered, wanted.contiguous()).clamp_max(ids.shape[1] - 1)
-    return order.gather(1, places), ordered.gather(1, places) == wanted
-
-
-def _rest(top: TopKOutcomes, common: Tensor) -> Tensor:
-    """The log of the mass of all but the common ids."""
-    alone = top.log_probs.double().masked_fill(common, -torch.inf)
-    return torch.cat([alone, top.log_tail.double().unsqueeze(1)], 1).logsumexp(1)
-
-
-def _term(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p log(p / q), 0 where p is 0."""
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
+def _in_words(loss: RecordLoss) -> list[tuple[str, str]]:
+    coding = f"{loss.coding_mean:.2e} nats a token in the mean, {loss.coding_max:.2e} at worst, over {loss.rows:,} tokens"
+    if loss.tail_mean is None:
+        return [("lost by coding", coding)]
+    tail = f"{loss.tail_mean:.2e} nats a token in the mean, {loss.tail_max:.2e} at worst, of a mass of {loss.tail_mass_mean:.4f}"
+    return [("lost by coding", coding), ("lost with the tail", tail)]
