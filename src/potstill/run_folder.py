@@ -19,12 +19,12 @@ from potstill.lock import Lock
 from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
-REJECTED, NON_FINITE = "rejected.jsonl", "non_finite.json"
+REJECTED, NON_FINITE, REFUSED_ANSWERS = "rejected.jsonl", "non_finite.json", "refused_answers"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
 KNOWN = (
-    SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", NON_FINITE, REJECTED, METRICS, SAMPLES,
-    ENVIRONMENT, RECIPE,
+    SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", NON_FINITE, REJECTED, REFUSED_ANSWERS,
+    METRICS, SAMPLES, ENVIRONMENT, RECIPE,
 )  # fmt: skip
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")

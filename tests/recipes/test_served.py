@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from potstill.cache.store import CacheReader
 from potstill.run_folder import RunFolder
 from small_recipe import potstill
-from stub_server import Bigram, StubServer
+from stub_server import Bigram, Fault, StubServer
 
 CANARY = "canaryCANARYcanaryCANARYcanary12"
 
@@ -69,3 +69,14 @@ def test_a_server_that_is_away_is_said_by_check_and_ends_a_run_before_it_begins(
     assert potstill("distill", place / "r.yaml", away, f"run.folder={place}/away") == 75
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert RunFolder.look(place / "away", {}) == "new"
+
+
+def test_answers_that_cannot_be_believed_are_kept_in_the_run_folder(place, capsys):
+    with StubServer(lambda number, body: Fault(body=b"<html>not today</html>") if number > 4 else None) as stub:
+        assert potstill("distill", place / "r.yaml", "--quiet", served(stub.url), f"run.folder={place}/garbled") != 0
+    assert "cannot be believed" in capsys.readouterr().err
+    kept = sorted((place / "garbled" / "refused_answers").iterdir())
+    assert kept
+    assert b"not today" in kept[0].read_bytes()
+    with StubServer() as stub:
+        assert potstill("distill", place / "r.yaml", "--quiet", served(stub.url), f"run.folder={place}/garbled") == 0

@@ -32,7 +32,7 @@ from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_cache
 from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import fingerprints_of, make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
-from potstill.run_folder import ENVIRONMENT, RECIPE, REJECTED, RunFolder
+from potstill.run_folder import ENVIRONMENT, RECIPE, REFUSED_ANSWERS, REJECTED, RunFolder
 from potstill.teachers.teacher import Teacher, require, require_answers
 from potstill.training.distiller import Distiller
 from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
@@ -171,7 +171,7 @@ def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Tea
     teacher = None
     with ExitStack() as opened:
         if recipe.teacher is not None and recipe.objective.asks_teacher:
-            teacher = make_teacher(recipe, preparation)
+            teacher = make_teacher(recipe, preparation, refused_answers=Path(recipe.run.folder) / REFUSED_ANSWERS)
             opened.callback(teacher.close)
             require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
             require_answers(teacher, preparation.data.train, preparation.data.validation)

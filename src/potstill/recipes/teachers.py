@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from potstill.teachers.local import LocalTeacher
 from potstill.teachers.teacher import Teacher
 
 
-def make_teacher(recipe: Recipe, preparation: Preparation) -> Teacher:
-    """The teacher of a recipe. Raises ModelError, TeacherError and IncompatibleError naming it; where it raises nothing stays open."""
+def make_teacher(recipe: Recipe, preparation: Preparation, *, refused_answers: Path | None = None) -> Teacher:
+    """The teacher of a recipe. Raises ModelError, TeacherError and IncompatibleError naming it; where it raises nothing stays open.
+
+    `refused_answers` is a folder for the first answers of a server that could not be believed.
+    """
     section = recipe.teacher
     with ExitStack() as opened:
         made: dict[str, Teacher] = {}
         for key, member in members(section):
-            teacher = made[key.removeprefix("teacher.teachers.")] = _single(recipe, preparation, key, member)
+            teacher = made[key.removeprefix("teacher.teachers.")] = _single(recipe, preparation, key, member, refused_answers)
             opened.callback(teacher.close)
         if not isinstance(section, EnsembleTeacherConfig):
             whole = made["teacher"]
@@ -37,14 +41,14 @@ def make_teacher(recipe: Recipe, preparation: Preparation) -> Teacher:
     return whole
 
 
-def _single(recipe: Recipe, preparation: Preparation, key: str, teacher: Single) -> Teacher:
+def _single(recipe: Recipe, preparation: Preparation, key: str, teacher: Single, refused_answers: Path | None) -> Teacher:
     size = preparation.comparison.vocabulary_size
     if isinstance(teacher, CacheTeacherConfig):
         return preparation.cached[key]
     if isinstance(teacher, ServerTeacherConfig):
         from potstill.teachers.server import ServerTeacher
 
-        return ServerTeacher(teacher, vocabulary_size=size, tokenizer=preparation.student.tokenizer)
+        return ServerTeacher(teacher, vocabulary_size=size, tokenizer=preparation.student.tokenizer, quarantine=refused_answers)
     loaded = load_model(
         teacher, precision=recipe.training.precision, trainable=False, device=own_device(), seed=recipe.run.seed, sharded=teacher.sharded
     )
