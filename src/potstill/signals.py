@@ -49,11 +49,11 @@ class Offers:
         return None
 
 
-_Rows = TypeVar("_Rows", bound="_ByRow")
+_Rows = TypeVar("_Rows", bound="ByRow")
 
 
 @dataclass(frozen=True)
-class _ByRow:
+class ByRow:
     """Tensors of N rows. A field that is no tensor belongs to all rows."""
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class _ByRow:
 
 
 @dataclass(frozen=True)
-class FullOutcomes(_ByRow):
+class FullOutcomes(ByRow):
     """The whole distribution, as hidden rows and a head, so that even the teacher's logits exist one chunk at a time."""
 
     hidden: Float[Tensor, "N D"]
@@ -79,7 +79,7 @@ class FullOutcomes(_ByRow):
 
 
 @dataclass(frozen=True)
-class TopKOutcomes(_ByRow):
+class TopKOutcomes(ByRow):
     """K kept ids a row, their log-probabilities, and the log of the mass outside them, all from the full softmax at `temperature`.
 
     `target_log_probs` is the teacher's log-probability of the token that came, kept or not, where it is known.
@@ -107,7 +107,7 @@ class TopKOutcomes(_ByRow):
 
 
 @dataclass(frozen=True)
-class SampledOutcomes(_ByRow):
+class SampledOutcomes(ByRow):
     """Ids a row and their weights: an unbiased estimate of the teacher's probabilities at `temperature` (2503.16870).
 
     The weights are not self-normalised; a weight of 0 is padding.
@@ -119,7 +119,7 @@ class SampledOutcomes(_ByRow):
 
 
 @dataclass(frozen=True)
-class ProjectedOutcomes(_ByRow):
+class ProjectedOutcomes(ByRow):
     """The teacher's probabilities p projected on the student's frozen, linear head z = W h + b: exact for forward KL, and for it alone.
 
     KL(p || q) = logsumexp(z / T) - (h . projection + bias) / T - entropy, with projection = sum_i p_i W_i, bias = sum_i p_i b_i, both with

@@ -9,7 +9,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from potstill.signals import ProjectedOutcomes, TopKOutcomes, _ByRow
+from potstill.signals import ByRow, ProjectedOutcomes, TopKOutcomes
 
 Kind = Literal["top_k", "sampled", "top_k_sampled", "hidden", "projected"]
 
@@ -30,7 +30,7 @@ class RecordFormat:
 
 
 @dataclass(frozen=True)
-class DrawnTokens(_ByRow):
+class DrawnTokens(ByRow):
     """n draws a row, as distinct ids (ascending, padded with count 0), how often each was drawn, and the weight of one draw.
 
     `weights` is p / (r n) with r the proposal; for an exponent of 1 it is 1 / n everywhere.
@@ -42,7 +42,7 @@ class DrawnTokens(_ByRow):
 
 
 @dataclass(frozen=True)
-class TopKAndDrawn(_ByRow):
+class TopKAndDrawn(ByRow):
     """The top K exactly, and draws from the rest: weights of the draws are under p itself, so top and draws add up to p in the mean."""
 
     top: TopKOutcomes
@@ -59,7 +59,7 @@ class TopKAndDrawn(_ByRow):
 
 
 @dataclass(frozen=True)
-class HiddenRows(_ByRow):
+class HiddenRows(ByRow):
     """The teacher's last hidden rows, after its final norm. Its head lies in the cache once."""
 
     hidden: Float[Tensor, "N D"]
