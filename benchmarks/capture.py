@@ -9,7 +9,6 @@ highest resident memory of one round in a fresh process beyond what stood before
 """
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -19,7 +18,8 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
+
+from measuring import peak
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 32_000, 512, 4, 8
 SEQUENCES, SHORTEST, LONGEST = 16, 128, 512
@@ -31,12 +31,6 @@ CONTENDERS = {
     "top_k_sampled": "capture, top_k_sampled, K = 16 and 50 draws",
     "whole": "trunk, whole head, log_softmax, topk",
 }
-
-
-def _status(field: str) -> float:
-    """A field of /proc/self/status, in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 class Bench:
@@ -99,15 +93,10 @@ class Bench:
                 capture(self.teacher, [self.examples], writer, format, config, seed=0, pad_token=0, quiet=True)
 
 
-def peak(name: str, k: int) -> None:
-    """Prints the memory of the second round in this process: the first loads and allocates what stays."""
+def print_peak(name: str, k: int) -> None:
+    """The memory of the second round in this process: the first loads and allocates what stays."""
     bench = Bench(k)
-    bench.round(name)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    bench.round(name)
-    print(json.dumps(_status("VmHWM") - before))
+    print(json.dumps(peak(lambda: bench.round(name))))
 
 
 def measure(names: list[str], rounds: int, k: int) -> tuple[Bench, dict[str, list[float]]]:
@@ -135,7 +124,7 @@ def main() -> None:
 
     torch.set_num_threads(given.threads)
     if given.peak:
-        peak(given.peak, given.k)
+        print_peak(given.peak, given.k)
         return
     names = given.only.split(",")
     bench, seconds = measure(names, given.rounds, given.k)

@@ -10,16 +10,15 @@ measured step. Peers that are not installed are left out.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
+
+from measuring import peak, times
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHAPES = {
@@ -133,35 +132,6 @@ def contender(name: str, tensors):
     return run
 
 
-def status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
-
-def peak(shape: str, name: str) -> float:
-    """MiB above what stood before the step, by the kernel's own high-water mark."""
-    run = contender(name, inputs(shape))
-    run()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
-
-
-def times(shape: str, names: list[str], rounds: int) -> dict[str, list[float]]:
-    tensors = inputs(shape)
-    runs = {name: contender(name, tensors) for name in names}
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if number:
-                found[name].append(time.process_time() - start)
-    return found
-
-
 def available(names: list[str]) -> list[str]:
     from importlib.util import find_spec
 
@@ -184,10 +154,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.worker == "times":
-        print(json.dumps(times(options.shape[0], options.contender, options.rounds)))
+        tensors = inputs(options.shape[0])
+        print(json.dumps(times({name: contender(name, tensors) for name in options.contender}, options.rounds)))
         return
     if options.worker == "peak":
-        print(peak(options.shape[0], options.contender[0]))
+        print(peak(contender(options.contender[0], inputs(options.shape[0]))))
         return
     for shape in options.shape:
         wanted = ["floor", *available(options.contender or [*OURS, *PEERS])]

@@ -125,16 +125,16 @@ def test_killed_inside_the_store_it_goes_on(number, lives, unbroken):
 
 
 def test_killed_at_random_again_and_again(lives, unbroken):
-    _random_lives(lives, unbroken, "random", kills=8)
+    assert_whole_after_random_kills(lives, unbroken, "random", kills=8)
 
 
 @pytest.mark.slow
 def test_killed_at_random_a_hundred_times(lives, unbroken):
     for seed in range(10):
-        _random_lives(lives, unbroken, f"random-{seed}", kills=10, seed=seed)
+        assert_whole_after_random_kills(lives, unbroken, f"random-{seed}", kills=10, seed=seed)
 
 
-def _random_lives(lives: Lives, unbroken: CacheReader, name: str, *, kills: int, seed: int = 0) -> None:
+def assert_whole_after_random_kills(lives: Lives, unbroken: CacheReader, name: str, *, kills: int, seed: int = 0) -> None:
     numbers = random.Random(seed)
     for _ in range(kills):
         assert lives.live(name, seconds=numbers.uniform(0.005, 0.3))[0] in (-signal.SIGKILL, 0), lives.log(name)

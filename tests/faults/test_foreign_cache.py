@@ -145,4 +145,4 @@ def test_each_change_alone_is_refused_by_its_name(made, change):
 def test_a_place_a_partition_and_an_order_are_no_difference(made, change):
     world, reader, _ = made
     change(world)
-    refuse(reader, *world.states())
+    assert refuse(reader, *world.states()) is None
