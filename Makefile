@@ -77,9 +77,12 @@ awq: .venv-awq/.done
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-ray/bin/python -m pip install --quiet -e ".[test,ray]"
 	touch $@
 
+# gptqmodel is built against the torch that is there: in a build environment of its own pip would look for another one.
 .venv-awq/.done: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-awq
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet torch
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet wheel setuptools numpy ninja packaging
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet --no-build-isolation "gptqmodel==7.6.0"
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-awq/bin/python -m pip install --quiet -e ".[test,awq]"
 	touch $@
 
