@@ -8,17 +8,11 @@ round. Peaks are the kernel's high-water mark of a fresh process for each conten
 Peers that are not installed are left out.
 """
 
-import argparse
 import importlib.util
-import json
 import os
-import statistics
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
-from measuring import peak, times
+from measuring import print_ratios
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHAPES = {
@@ -126,38 +120,11 @@ def available(names: list[str]) -> list[str]:
     return [name for name in names if find_spec(packages.get(name.split()[0], "torch"))]
 
 
-def child(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout.splitlines()[-1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["f32-32k", "bf16-32k", "bf16-128k"], choices=list(SHAPES))
-    parser.add_argument("--contender", nargs="+", help="e.g. 'ours forward_kl' 'ours jsd compiled' liger 'liger jsd' trl")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if options.worker == "times":
-        tensors = inputs(options.shape[0])
-        print(json.dumps(times({name: contender(name, tensors) for name in options.contender}, options.rounds)))
-        return
-    if options.worker == "peak":
-        print(peak(contender(options.contender[0], inputs(options.shape[0]))))
-        return
-    names = options.contender or ["ours forward_kl", "ours forward_kl compiled", "ours jsd", "ours jsd compiled", *PEERS_OF_FORWARD_KL]
-    for shape in options.shape:
-        wanted = ["floor", *available(names)]
-        measured = json.loads(child("--worker", "times", "--shape", shape, "--rounds", str(options.rounds), "--contender", *wanted))
-        print(f"\n{shape}: {SHAPES[shape]}, CPU time / floor and MiB beyond the inputs; floor {statistics.median(measured['floor']):.2f} s")
-        for name in wanted:
-            ratios = [mine / floor for mine, floor in zip(measured[name], measured["floor"], strict=True)]
-            most = float(child("--worker", "peak", "--shape", shape, "--contender", name))
-            print(f"{name:28s} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {most:6.0f} MiB", flush=True)
+def made(shape: str, names) -> dict:
+    tensors = inputs(shape)
+    return {name: contender(name, tensors) for name in names}
 
 
 if __name__ == "__main__":
-    main()
+    every = ["ours forward_kl", "ours forward_kl compiled", "ours jsd", "ours jsd compiled", *PEERS_OF_FORWARD_KL]
+    print_ratios(__doc__, SHAPES, ["f32-32k", "bf16-32k", "bf16-128k"], lambda asked: available(asked or every), made)

@@ -9,16 +9,10 @@ floor of the same round. Peaks are the kernel's high-water mark of a fresh proce
 measured step. Peers that are not installed are left out.
 """
 
-import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import warnings
 from types import SimpleNamespace
 
-from measuring import peak, times
+from measuring import print_ratios
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHAPES = {
@@ -138,37 +132,11 @@ def available(names: list[str]) -> list[str]:
     return [name for name in names if name != "trl" or find_spec("trl")]
 
 
-def child(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout.splitlines()[-1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["f32-32k"], choices=list(SHAPES))
-    parser.add_argument("--contender", nargs="+", help="e.g. 'ours forward_kl' 'ours jsd compiled' gather trl")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    if options.worker == "times":
-        tensors = inputs(options.shape[0])
-        print(json.dumps(times({name: contender(name, tensors) for name in options.contender}, options.rounds)))
-        return
-    if options.worker == "peak":
-        print(peak(contender(options.contender[0], inputs(options.shape[0]))))
-        return
-    for shape in options.shape:
-        wanted = ["floor", *available(options.contender or [*OURS, *PEERS])]
-        measured = json.loads(child("--worker", "times", "--shape", shape, "--rounds", str(options.rounds), "--contender", *wanted))
-        print(f"\n{shape}: {SHAPES[shape]}, CPU time / floor and MiB beyond the inputs; floor {statistics.median(measured['floor']):.2f} s")
-        for name in wanted:
-            ratios = [mine / floor for mine, floor in zip(measured[name], measured["floor"], strict=True)]
-            most = float(child("--worker", "peak", "--shape", shape, "--contender", name))
-            print(f"{name:28s} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})  {most:6.0f} MiB", flush=True)
+def made(shape: str, names) -> dict:
+    tensors = inputs(shape)
+    return {name: contender(name, tensors) for name in names}
 
 
 if __name__ == "__main__":
-    main()
+    every = [*OURS, *PEERS]
+    print_ratios(__doc__, SHAPES, ["f32-32k"], lambda asked: available(asked or every), made)
