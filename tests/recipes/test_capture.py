@@ -130,7 +130,7 @@ def test_what_is_captured_is_asked_once_and_another_teacher_is_refused(place, ca
     other = save_pair(place / "other-teacher", 5, width=64)
     assert potstill("capture", place / "r.yaml", "--quiet", section, f"teacher.path={other}") == 2
     assert "teacher weights" in capsys.readouterr().err
-    assert potstill("capture", place / "r.yaml", "--quiet", section.replace("16", "8")) == 2
+    assert potstill("capture", place / "r.yaml", "--quiet", f"capture={{path: {cache}, k: 8}}") == 2
     assert "k: 8" in capsys.readouterr().err
     assert len(CacheReader(str(cache))) == 36
 
