@@ -25,6 +25,10 @@ class Example:
 
     `tokens` and `is_target` have equal length; `origin` ("file.jsonl:17") is for messages, `index` is the row's number in its
     data set and is what the log of seen samples holds. `route` names the teacher that answers it, where several do.
+
+    Of text that a model wrote: `log_probs[i]` is that of tokens[i] under the distribution that it was drawn from (0 where nothing was
+    drawn), `reward` what a task gives for it. Where the teacher sees more than the student, `teacher_prompt` stands for it in place of
+    the first `prompt_length` tokens.
     """
 
     tokens: list[int]
@@ -32,10 +36,27 @@ class Example:
     index: int
     origin: str = ""
     route: str = ""
+    log_probs: list[float] | None = None
+    reward: float | None = None
+    teacher_prompt: list[int] | None = None
+    prompt_length: int = 0
 
     def __post_init__(self):
         if len(self.tokens) != len(self.is_target):
             raise ValueError(f"{self.origin}: {len(self.tokens)} tokens but {len(self.is_target)} target marks")
+        if self.log_probs is not None and len(self.log_probs) != len(self.tokens):
+            raise ValueError(f"{self.origin}: {len(self.tokens)} tokens but {len(self.log_probs)} log-probabilities")
+        if self.teacher_prompt is not None and (not self.teacher_prompt or any(self.is_target[: self.prompt_length])):
+            raise ValueError(f"{self.origin}: a teacher's prompt takes the place of tokens of which none is a target, and is not empty")
+
+    def for_teacher(self) -> "Example":
+        """The same targets behind the teacher's prompt; itself where both see the same."""
+        if self.teacher_prompt is None:
+            return self
+        return Example(
+            self.teacher_prompt + self.tokens[self.prompt_length :],
+            [False] * len(self.teacher_prompt) + self.is_target[self.prompt_length :], self.index, self.origin, self.route,
+        )  # fmt: skip
 
     @property
     def num_targets(self) -> int:
@@ -71,6 +92,9 @@ class Batch:
     is_target: Bool[Tensor, "B T"]     # this token must be predicted
     examples: tuple[int, ...] = ()     # Example.index of what is inside, in order
     routes: tuple[str, ...] = ()       # Example.route of the same; empty where one teacher answers all
+    log_probs: Float[Tensor, "B T"] | None = None   # Example.log_probs, 0 where nothing was drawn; None where nothing was at all
+    rewards: Float[Tensor, "B T"] | None = None     # Example.reward, at every token of its document
+    teacher_view: "Batch | None" = None             # what the teacher reads instead: other prompts, the same targets in the same order
 
     @cached_property
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +151,10 @@ class Batch:
         """The rows of a [B, T, D] tensor that predict a target."""
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.target_rows()[0])
 
+    def at_targets(self, values: Tensor) -> Tensor:
+        """[N]: what a [B, T] tensor holds at the targets (the tokens that are predicted, not the rows that predict them)."""
+        return values.reshape(-1).index_select(0, self.target_rows()[0] + 1)
+
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Batch)}
         return replace(self, **moved)

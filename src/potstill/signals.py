@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.errors import IncompatibleError
 from potstill.head import Head
 
-Outcomes = Literal["nothing", "sampled", "top_k", "projected", "full"]
+Outcomes = Literal["nothing", "target", "sampled", "top_k", "projected", "full"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,14 @@ class TopKOutcomes(ByRow):
 
 
 @dataclass(frozen=True)
+class TargetOutcomes(ByRow):
+    """The teacher's log-probability of the token that came, at each row, and nothing else."""
+
+    log_probs: Float[Tensor, "N"]
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class SampledOutcomes(ByRow):
     """Ids a row and their weights: an unbiased estimate of the teacher's probabilities at `temperature` (2503.16870).
 
@@ -153,7 +161,7 @@ class MixtureOutcomes:
         return len(self.members[0])
 
 
-WholeOutcomes = FullOutcomes | TopKOutcomes | SampledOutcomes | ProjectedOutcomes | MixtureOutcomes
+WholeOutcomes = FullOutcomes | TargetOutcomes | TopKOutcomes | SampledOutcomes | ProjectedOutcomes | MixtureOutcomes
 
 
 @dataclass(frozen=True)

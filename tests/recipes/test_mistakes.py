@@ -37,9 +37,9 @@ def test_of_a_key_with_several_kinds_only_the_kind_that_was_meant_complains(chan
     ("teacher", "said"),
     [
         ({"kind": "cache", "pth": "x"}, "teacher.pth: unknown key; did you mean path? allowed here: kind, path, model"),
-        ({"kind": "cach", "path": "x"}, 'teacher.kind: must be one of local, cache, server or ensemble; found "cach"'),
-        ({"kind": None, "path": "x"}, "teacher.kind: must be one of local, cache, server or ensemble; found nothing (null)"),
-        ({"kind": ["a"], "path": "x"}, "teacher.kind: must be one of local, cache, server or ensemble; found a list"),
+        ({"kind": "cach", "path": "x"}, 'teacher.kind: must be one of local, cache, server, ensemble or self; found "cach"'),
+        ({"kind": None, "path": "x"}, "teacher.kind: must be one of local, cache, server, ensemble or self; found nothing (null)"),
+        ({"kind": ["a"], "path": "x"}, "teacher.kind: must be one of local, cache, server, ensemble or self; found a list"),
         (5, "teacher: must be a mapping (key: value); found 5"),
         ({"path": "x", "url": "http://x"}, "teacher.url: unknown key; it belongs to kind: server; allowed here: path"),
         (SERVER | {"sharded": True}, "teacher.sharded: unknown key; it belongs to kind: local"),

@@ -160,10 +160,10 @@ def test_a_signal_in_the_last_evaluation_leaves_no_step_to_take(num_examples, tm
     straight, _ = execute(run, tmp_path / "straight")
     answer = DistillationTrainer.answer
 
-    def asked(trainer, batch):
+    def asked(trainer, batch, needs):
         if not trainer.distiller.training:
             os.kill(os.getpid(), signal.SIGTERM)
-        return answer(trainer, batch)
+        return answer(trainer, batch, needs)
 
     monkeypatch.setattr(DistillationTrainer, "answer", asked)
     with pytest.raises(InterruptedRun):

@@ -1,8 +1,10 @@
 """Rows of examples become one Batch, padded to the right. Knows tensors; knows no tokenizer beyond the id that pads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from potstill.batch import Batch, Example
 
@@ -38,7 +40,31 @@ def collate(
             start = end
     inside = [example for row in rows for example in row]
     routes = tuple(example.route for example in inside) if any(example.route for example in inside) else ()
-    return Batch(tokens, positions, documents, is_target, tuple(example.index for example in inside), routes)
+    batch = Batch(tokens, positions, documents, is_target, tuple(example.index for example in inside), routes)
+    known = {name: _by_token(rows, shape, name) for name in ("log_probs", "rewards")}
+    view = None
+    if any(example.teacher_prompt is not None for example in inside):
+        view = collate([[example.for_teacher() for example in row] for row in rows], pad_token=pad_token, multiple_of=multiple_of)
+        if view.num_targets != batch.num_targets:
+            raise ValueError("the teacher's view of a batch has other targets than the student's")
+    return replace(batch, **known, teacher_view=view) if view is not None or any(v is not None for v in known.values()) else batch
+
+
+def _by_token(rows: Sequence[Sequence[Example]], shape: tuple[int, int], name: str) -> Tensor | None:
+    """Log-probabilities or rewards laid out as the tokens are; None where no example has any."""
+    own = "reward" if name == "rewards" else name
+    if all(getattr(example, own) is None for row in rows for example in row):
+        return None
+    values = torch.zeros(shape)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example.tokens)
+            value = getattr(example, own)
+            if value is not None:
+                values[number, start:end] = torch.tensor(value)
+            start = end
+    return values
 
 
 def empty_batch(*, pad_token: int, sequences: int = 1, width: int = 8) -> Batch:

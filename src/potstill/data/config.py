@@ -81,6 +81,9 @@ class DataConfig(Config):
     """Passed to the chat template, for instance `{date_string: "26 Jul 2024"}` or `{enable_thinking: false}`."""
     instruct_prompt: Literal["plain", "alpaca"] = "plain"
     """How instruction and input become a user turn: joined by an empty line, or in the wording of Stanford Alpaca."""
+    teacher_prompt: Annotated[str, Field(min_length=1)] | None = None
+    """What the teacher reads as the last user turn in place of the student's: a text with {prompt} (that turn), {answer} (the row's own
+    answer) and any column in braces. Null: the same as the student."""
     on_bad_line: Literal["stop"] | SkipBadLines = "stop"
     """Stop at the first malformed line, or leave out at most so many, each counted."""
     limit: Annotated[int, Field(ge=1)] | None = None

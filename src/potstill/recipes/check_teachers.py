@@ -15,7 +15,7 @@ from potstill.recipes.recorded import own_rows
 from potstill.recipes.schema import Recipe
 from potstill.recipes.words import gib, in_words
 from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
+from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 
 # A look does not wait for a server that is away.
 _PATIENCE_SECONDS = 5.0
@@ -59,6 +59,8 @@ def answer_words(recipe: Recipe) -> str:
         return f"the mean of their probabilities: {', '.join(f'{name} {share / total:.3g}' for name, share in shares.items())}"
     if isinstance(teacher, CacheTeacherConfig):
         return "what was recorded of it; no teacher is loaded"
+    if isinstance(teacher, SelfTeacherConfig):
+        return "its whole next-token distribution at every target, with what it sees beyond the student's prompt"
     return f"its {teacher.top_k} most likely tokens at every target, over HTTP" if teacher is not None else "nothing"
 
 

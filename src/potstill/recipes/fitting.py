@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from potstill.objectives import catalogue
-from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
+from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 
 if TYPE_CHECKING:
     from potstill.recipes.schema import ObjectiveConfig, Recipe
@@ -41,7 +41,7 @@ def members(teacher: Any) -> Iterator[tuple[str, Single]]:
     """The teachers inside a teacher section, each with the key that it stands under."""
     if isinstance(teacher, EnsembleTeacherConfig):
         yield from ((f"teacher.teachers.{name}", member) for name, member in teacher.teachers.items())
-    elif teacher is not None:
+    elif teacher is not None and not isinstance(teacher, SelfTeacherConfig):
         yield "teacher", teacher
 
 

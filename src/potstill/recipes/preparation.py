@@ -18,7 +18,7 @@ from potstill.models.tokenizers import TokenizerComparison, compare_tokenizers
 from potstill.recipes.fitting import members
 from potstill.recipes.schema import Recipe
 from potstill.teachers.cached import CachedTeacher
-from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
+from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
 def teacher_name(recipe: Recipe) -> str:
     """What messages call the teacher."""
     teacher = recipe.teacher
-    if teacher is None:
+    if teacher is None or isinstance(teacher, SelfTeacherConfig):
         return recipe.student.path
     if isinstance(teacher, EnsembleTeacherConfig):
         return f"ensemble of {', '.join(teacher.teachers)}"

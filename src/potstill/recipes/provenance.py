@@ -7,13 +7,14 @@ from typing import Any
 from potstill.cache.codec import VERSION
 from potstill.cache.provenance import Provenance
 from potstill.environment import environment
+from potstill.errors import ConfigError
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import template_digest, tokenizer_digest, weights_digest
 from potstill.models.loading import choose_dtype
 from potstill.recipes.fitting import Single
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.schema import Recipe
-from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, ServerTeacherConfig
+from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 from potstill.teachers.teacher import Teacher
 
 _WITH_A_TEMPLATE = ("instruct", "chat")
@@ -39,6 +40,8 @@ def provenance_of(recipe: Recipe, preparation: Preparation, teacher: Teacher) ->
         answering: dict[str, Any] = {"teachers": single, "ensemble": str(teacher.identity.get("ensemble"))}
     else:
         assert section is not None
+        if isinstance(section, SelfTeacherConfig):
+            raise ConfigError("teacher.kind: self is the student, which changes at every step, so that nothing of it can be recorded")
         answering = _answering(recipe, section, teacher.identity)
     fields = {**answering, **reading_fields(recipe, preparation), "codec version": VERSION, "notes": _notes(recipe)}
     return Provenance(fields)

@@ -69,8 +69,8 @@ def _rows(model: type[BaseModel], prefix: str, kind: str = "") -> Iterator[Row]:
         if _is_by_name(field.annotation):
             continue  # each as a teacher of its kind, whose keys stand above
         for inner in _models(field.annotation):
-            if inner is LoadingConfig:
-                continue  # as a local teacher
+            if inner in (LoadingConfig, model):
+                continue  # as a local teacher; as the keys beside it
             yield from _rows(inner, f"{key}[]." if _is_list(field.annotation) else f"{key}.", kind or _kind_of(inner))
 
 
@@ -122,7 +122,8 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default is PydanticUndefined:
-        return "by the teacher" if name == "objective" else "{}" if get_origin(field.annotation) is dict else "[]"
+        held = _models(field.annotation) if not _is_list(field.annotation) else []
+        return "by the teacher" if name == "objective" else "{}" if held or get_origin(field.annotation) is dict else "[]"
     return _yaml(field.default)
 
 

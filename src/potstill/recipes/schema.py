@@ -1,4 +1,4 @@
-"""What a recipe may say: seven sections, each the configuration of its room, and the rules between them. Imports no torch."""
+"""What a recipe may say: its sections, each the configuration of its room, and the rules between them. Imports no torch."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,10 +10,28 @@ from potstill.data.config import DataConfig
 from potstill.models.config import ModelConfig
 from potstill.objectives import catalogue
 from potstill.recipes.fitting import refuse_unfit
+from potstill.rollouts.config import RolloutsConfig
+from potstill.rollouts.generate_config import GenerateConfig
 from potstill.teachers.config import TeacherConfig
 from potstill.training.config import TrainingConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+
+class PolicyConfig(Config):
+    """How the student's own tokens are credited, where it learns from what it drew: support `written`, or a return beside a divergence."""
+
+    baseline: Literal["none", "kl"] = "none"
+    """written: kl takes the divergence at the position from the credit, which leaves the mean and lowers the noise; it needs the
+    teacher's whole distribution."""
+    future: Literal["none", "discounted", "mean"] = "none"
+    """What of the tokens that follow is credited to a token: nothing, their log-ratios discounted, or their mean (MiniLLM)."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """discounted: what each further token counts less."""
+    ratio: Literal["none", "truncate", "mask", "clip"] = "truncate"
+    """The weight q / q_drawn of a token under today's student: left out, cut at ratio_limit, 0 beyond it, or PPO's clip."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 2.0
+    """The largest weight; mask also takes out weights below its reciprocal, clip holds it within 1 / limit and limit."""
 
 
 class ObjectiveConfig(Config):
@@ -65,6 +83,10 @@ class ObjectiveConfig(Config):
     """position: how much more a late position counts."""
     share: float | None = None
     """top_share: the share of each response's positions that is kept, the largest divergence first."""
+    policy: PolicyConfig | None = None
+    """How the student's own tokens are credited: for support `written`, or to add a return to a divergence."""
+    on_student_text: "ObjectiveConfig | None" = None
+    """Another objective for the student's own text; null: this one, without its cross-entropy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +168,10 @@ class Recipe(Config):
     """How it is minimised."""
     run: RunConfig
     """Where it is written."""
+    rollouts: RolloutsConfig | None = None
+    """Who writes the text that is learned from; without this section the data set does."""
+    generate: GenerateConfig | None = None
+    """What `potstill generate` writes, and where; a run itself does not look at it."""
     capture: CaptureConfig | None = None
     """What `potstill capture` records of the teacher, and where; a run itself does not look at it."""
 

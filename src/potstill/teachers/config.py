@@ -1,4 +1,4 @@
-"""Which teacher a recipe names: one of four kinds, a local one where none is named. Imports neither torch nor transformers."""
+"""Which teacher a recipe names: one of five kinds, a local one where none is named. Imports neither torch nor transformers."""
 
 from typing import Annotated, Any, Literal
 
@@ -72,6 +72,17 @@ class ServerTeacherConfig(Config):
         return self
 
 
+class SelfTeacherConfig(Config):
+    """The student itself, that sees more of the prompt (data.teacher_prompt): self-distillation with privileged context."""
+
+    kind: Literal["self"]
+    """The student itself."""
+    weights: Literal["live", "base", "average"] = "base"
+    """live: as they are now. base: without the student's adapter. average: an exponential moving average of them."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """average: what it keeps of itself at each optimizer step."""
+
+
 def _kind(teacher: Any) -> str | None:
     """The kind that a section names; None where it is no section at all."""
     if isinstance(teacher, dict):
@@ -83,6 +94,7 @@ def _kind(teacher: Any) -> str | None:
 _Local = Annotated[LocalTeacherConfig, Tag("local")]
 _Cache = Annotated[CacheTeacherConfig, Tag("cache")]
 _Server = Annotated[ServerTeacherConfig, Tag("server")]
+_Self = Annotated[SelfTeacherConfig, Tag("self")]
 SingleTeacherConfig = Annotated[_Local | _Cache | _Server, Discriminator(_kind)]
 
 
@@ -107,4 +119,4 @@ class EnsembleTeacherConfig(Config):
         return self
 
 
-TeacherConfig = Annotated[_Local | _Cache | _Server | Annotated[EnsembleTeacherConfig, Tag("ensemble")], Discriminator(_kind)]
+TeacherConfig = Annotated[_Local | _Cache | _Server | Annotated[EnsembleTeacherConfig, Tag("ensemble")] | _Self, Discriminator(_kind)]

@@ -54,6 +54,21 @@ class FarAway(Protocol):
         ...
 
 
+@runtime_checkable
+class Follows(Protocol):
+    """A teacher that changes as the student learns."""
+
+    def step_done(self) -> None:
+        """The student's weights are those after one more optimizer step."""
+        ...
+
+
+def step_done(teacher: Teacher) -> None:
+    """Tells a teacher that follows the student of a step."""
+    if isinstance(teacher, Follows):
+        teacher.step_done()
+
+
 def heed(teacher: Teacher, check: Callable[[], None]) -> None:
     """Lets `check` break off whatever this teacher waits for."""
     if isinstance(teacher, FarAway):

@@ -4,7 +4,9 @@ DDP and FSDP2 hook the forward of what they wrap, so everything that touches a p
 loss. It knows no teacher (it gets the answer), no optimizer and no denominator: it returns sums.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +28,30 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
     return replace(head, weight=head.weight.to(dtype), bias=bias, low_rank=low_rank)
 
 
-class Distiller(nn.Module):
-    """`objective` is an `nn.Module` of `potstill.objectives`; what it learns itself is trained with the student."""
+DATASET = "dataset"
 
-    def __init__(self, student: CausalLM, objective: Objective):
+
+class Distiller(nn.Module):
+    """An objective is an `nn.Module` of `potstill.objectives`; what it learns itself is trained with the student.
+
+    Where several write the text, `objective` maps each stream to its own; that of the data set is also what is measured on the
+    validation set.
+    """
+
+    def __init__(self, student: CausalLM, objective: Objective | Mapping[str, Objective]):
         super().__init__()
         self.student = student
-        self.objective: Objective = objective
+        self.objectives = nn.ModuleDict(dict(objective) if isinstance(objective, Mapping) else {DATASET: objective})
 
-    def forward(self, batch: Batch, signal: TeacherSignal) -> tuple[Tensor, Tensor, Tensor]:
+    def objective_of(self, stream: str) -> Objective:
+        return cast(Objective, self.objectives[stream])
+
+    @property
+    def objective(self) -> Objective:
+        """That of the data set."""
+        return self.objective_of(DATASET)
+
+    def forward(self, batch: Batch, signal: TeacherSignal, stream: str = DATASET) -> tuple[Tensor, Tensor, Tensor]:
         """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats."""
         rows = self.student.rows(batch)
         head = self.student.head()
@@ -44,5 +61,5 @@ class Distiller(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             rows, head = rows.to(dtype), _cast(head, dtype)
         with torch.autocast(kind, enabled=False):
-            loss = self.objective.total(rows, head, signal, batch)
+            loss = self.objective_of(stream).total(rows, head, signal, batch)
         return loss.total, loss.cross_entropy, loss.divergence

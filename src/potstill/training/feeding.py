@@ -46,6 +46,12 @@ class Rows:
         members = [[self._examples[index] for index in self._bins[row]] for row in rows]
         return collate(members, pad_token=self._pad_token, widest=self._widest)
 
+    def collated(self, examples: Sequence[Example]) -> Batch:
+        """A batch of these examples, one a row; of none, a batch of padding without a target."""
+        if not examples:
+            return self.batch(())
+        return collate([[example] for example in examples], pad_token=self._pad_token)
+
     def example_numbers(self, rows: Sequence[int]) -> list[int]:
         """`Example.index` of everything in these rows, in order: what the log of seen samples holds."""
         return [self._examples[index].index for row in rows for index in self._bins[row]]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -63,6 +64,17 @@ class Ranks:
         tensor = torch.tensor(list(numbers), dtype=torch.float64)
         distributed.all_reduce(tensor, operation, group=self._group)
         return tensor.tolist()
+
+    def gather(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """The one-dimensional int64 or float64 array of each rank, in their order; lengths may differ, dtypes not."""
+        if not self.together:
+            return [numbers]
+        longest = int(self.largest([len(numbers)])[0])
+        padded = torch.zeros(longest + 1, dtype=torch.from_numpy(numbers).dtype)
+        padded[0], padded[1 : len(numbers) + 1] = len(numbers), torch.from_numpy(numbers)
+        every = [torch.empty_like(padded) for _ in range(self.world_size)]
+        distributed.all_gather(every, padded, group=self._group)
+        return [part[1 : int(part[0]) + 1].numpy() for part in every]
 
     def wait(self) -> None:
         """Until every rank is here."""

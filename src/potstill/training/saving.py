@@ -6,10 +6,10 @@ Also the progress of a run, which a checkpoint carries. It knows no data and no 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from potstill import storage
@@ -43,6 +43,16 @@ class Progress:
         return cls(**{name: value for name, value in numbers.items() if name in known})
 
 
+class Kept(Protocol):
+    """A part of a run, beside the student and the optimizer, whose state must survive a break."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors on the CPU, and JSON numbers. Every rank calls it; the first one's counts."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None: ...
+
+
 @dataclass
 class Saver:
     """Commits and restores through a run folder. `fingerprints` must be equal when a run is resumed."""
@@ -55,6 +65,7 @@ class Saver:
     found: CheckpointState | None = None
     committed: int | None = None
     resumed_from: int | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
     _clock: float = field(default_factory=time.monotonic)
 
     # ------------------------------------------------------------ at the start
@@ -93,6 +104,8 @@ class Saver:
         numbers: dict[str, Any] = {"progress": asdict(self.progress), "fingerprints": self.fingerprints}
         if optimizer is not None:
             tensors["optimizer"], numbers["optimizer"] = state.optimizer_state(optimizer, model, keep=keep)
+        for name, part in self.kept.items():
+            tensors[name], numbers[name] = part.state()
         made = CheckpointState(tensors, state.plain(numbers))
         del tensors
 
@@ -110,6 +123,8 @@ class Saver:
         if optimizer is not None and "optimizer" in self.found.numbers:
             numbers = state.restored(self.found.numbers["optimizer"])
             state.restore_optimizer(optimizer, model, self.found.tensors.get("optimizer", {}), numbers)
+        for name, part in self.kept.items():
+            part.restore(self.found.tensors.get(name, {}), self.found.numbers.get(name, {}))
         if scheduler is not None and optimizer is not None:
             _place_schedule(scheduler, optimizer, self.progress.step)
         self.found = None

@@ -5,7 +5,6 @@ saved and when a step is refused. The mathematics is in `objectives`, the order 
 import itertools
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -22,26 +21,17 @@ from potstill.batch import Batch
 from potstill.errors import InterruptedRun, NonFiniteError, OutageError, PotstillError, TeacherError
 from potstill.interruption import SignalWatch
 from potstill.run_folder import NON_FINITE
-from potstill.signals import TeacherSignal
-from potstill.teachers.teacher import Teacher, heed
+from potstill.signals import Needs, TeacherSignal
+from potstill.teachers.teacher import Teacher, heed, step_done
 from potstill.training.callbacks import Bar, StepGuard
 from potstill.training.config import TrainingConfig
 from potstill.training.distiller import Distiller
-from potstill.training.feeding import Rows
 from potstill.training.measuring import Measures, peak_gib
-from potstill.training.order import GlobalOrder, MicroBatch, Window, mix
+from potstill.training.order import Window, mix
 from potstill.training.processes import Ranks
 from potstill.training.saving import Saver
+from potstill.training.turns import Feed, Turn
 from potstill.training.validation import Validation
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where the rows come from, and in which order."""
-
-    order: GlobalOrder
-    training: Rows
-    validation: Rows | None
 
 
 def reshard(model: nn.Module) -> None:
@@ -67,9 +57,10 @@ class DistillationTrainer(Trainer):
         self.distiller, self.teacher, self.feed, self.config = distiller, teacher, feed, config
         self.ranks, self.folder, self.saver, self.watch = ranks, saver.folder, saver, watch
         self.progress = saver.progress
-        self.needs = distiller.objective.needs
         if teacher is not None:
             heed(teacher, self.break_off_if_asked)
+        if feed.author is not None:
+            feed.author.heed(self.break_off_if_asked)
         self.window: Window = feed.order.window(self.progress.step)
         self.measures = Measures()
         self.grad_norm: float = math.nan
@@ -104,6 +95,8 @@ class DistillationTrainer(Trainer):
         """Before the first step, with the model wrapped and restored."""
         self.begun = True
         self.stop_if_asked()
+        if self.feed.author is not None:
+            self.feed.author.begin(self.state.global_step)
         self.evaluate_pending()
 
     # ------------------------------------------------------------ a window of micro-batches
@@ -123,30 +116,35 @@ class DistillationTrainer(Trainer):
             self.control.should_training_stop = True  # a resumed run can stand at its end, or have been stopped by its evaluation
             return [], None
         self.window = self.feed.order.window(self.state.global_step)
-        share = self.feed.order.share(self.window, self.ranks.rank, self.ranks.world_size)
-        batches = [self.feed.training.batch(micro_batch.rows) for micro_batch in share]
-        count = float(sum(self.distiller.objective.count(batch) for batch in batches))
-        targets = float(sum(batch.num_targets for batch in batches))
-        count, targets = self.ranks.sum([count, targets])
-        self.measures.begin_window(targets, self.feed.training.num_tokens(self.window.rows))
-        samples = [{"batch": batch, "micro_batch": micro_batch} for batch, micro_batch in zip(batches, share, strict=True)]
-        return samples, count
+        turns = self.feed.turns(self.window, self.ranks.rank, self.ranks.world_size)
+        # Counted once everything is written: what an author writes has other lengths than what stood there before.
+        names = sorted(self.distiller.objectives)
+        counts = [float(sum(self.count(turn) for turn in turns if turn.stream == name)) for name in names]
+        sizes = [float(sum(getattr(turn.batch, what) for turn in turns)) for what in ("num_targets", "num_tokens")]
+        *counts, targets, tokens = self.ranks.sum([*counts, *sizes])
+        self.measures.begin_window(targets, int(tokens))
+        of_stream = dict(zip(names, counts, strict=True))
+        samples = [{"turn": turn, "scale": turn.weight * self.ranks.world_size / max(of_stream[turn.stream], 1.0)} for turn in turns]
+        return samples, sum(counts)
+
+    def count(self, turn: Turn) -> int:
+        return self.distiller.objective_of(turn.stream).count(turn.batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.stop_if_asked()
-        micro_batch: MicroBatch = inputs["micro_batch"]
-        if micro_batch.everywhere_empty:
+        turn: Turn = inputs["turn"]
+        if turn.everywhere_empty:
             return torch.zeros((), device=self.args.device)
         # Dropout is a function of the micro-batch's number: the same after a resume and for any number of ranks.
-        torch.manual_seed(mix(self.args.seed, micro_batch.number))
+        torch.manual_seed(mix(self.args.seed, turn.number))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def answer(self, batch: Batch) -> TeacherSignal:
+    def answer(self, batch: Batch, needs: Needs) -> TeacherSignal:
         """What the teacher says; where it is gone for good, the last completed step is committed before that is said."""
-        if self.teacher is None:
+        if self.teacher is None or needs.outcomes == "nothing":
             return TeacherSignal()
         try:
-            return self.teacher.score(batch, self.needs)
+            return self.teacher.score(batch.teacher_view or batch, needs)
         except (OutageError, TeacherError):
             if self.ranks.world_size == 1:  # a commit is the work of all ranks, and the others are elsewhere
                 self.commit()
@@ -162,9 +160,10 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """total / count of the window. DDP and FSDP2 average gradients over ranks, where the sum is meant: hence the world size."""
-        batch = cast(Batch, inputs["batch"]).to(self.args.device)
-        total, cross_entropy, divergence = model(batch, self.answer(batch))
-        scale = self.ranks.world_size / max(num_items_in_batch, 1.0)
+        turn = cast(Turn, inputs["turn"])
+        batch, scale = turn.batch.to(self.args.device), inputs["scale"]
+        signal = self.answer(batch, self.distiller.objective_of(turn.stream).needs)
+        total, cross_entropy, divergence = model(batch, signal, turn.stream)
         self.measures.add(total.detach() * scale, cross_entropy * scale, divergence * scale)
         return total * scale
 
@@ -201,6 +200,10 @@ class DistillationTrainer(Trainer):
         self.progress.tokens += self.measures.window_tokens
         self.progress.targets += int(self.measures.window_targets)
         self.measures.end_step()
+        if self.teacher is not None:
+            step_done(self.teacher)
+        if self.feed.author is not None:
+            self.feed.author.step_done(self.state.global_step)
         if self.ranks.first:
             self.folder.append_samples(self.state.global_step, self.window.epoch, self.feed.training.example_numbers(self.window.rows))
 
@@ -237,7 +240,7 @@ class DistillationTrainer(Trainer):
             torch.manual_seed(mix(self.args.seed, 0, next(turns)))
             batch = batch.to(self.args.device)
             with torch.no_grad():
-                sums = model(batch, self.answer(batch))
+                sums = model(batch, self.answer(batch, self.distiller.objective.needs))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             return sums, self.distiller.objective.count(batch)
 
@@ -248,6 +251,8 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_seconds"] = time.monotonic() - began
         reshard(self.distiller)
         self.progress.evaluation_pending = False
+        if self.feed.author is not None:
+            self.feed.author.validated(total)
         self.measures.pause(metrics[f"{metric_key_prefix}_seconds"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -274,6 +279,8 @@ class DistillationTrainer(Trainer):
                 logs["loss/kd"] = divergence
             logs |= {"tokens_per_second": parts.tokens_per_second, "target_tokens": float(self.progress.targets)}
             logs["peak_gib"] = self.ranks.largest([peak_gib(self.args.device)])[0]
+            if self.feed.author is not None:
+                logs |= self.feed.author.metrics()
             if self.progress.non_finite_steps:
                 logs["non_finite_steps"] = float(self.progress.non_finite_steps)
         super().log(logs)

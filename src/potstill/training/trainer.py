@@ -12,6 +12,7 @@ from typing import Any
 from potstill.batch import Example
 from potstill.errors import ConfigError, DataError
 from potstill.interruption import SignalWatch
+from potstill.rollouts.author import Author
 from potstill.run_folder import RunFolder
 from potstill.teachers.teacher import Teacher
 from potstill.training.arguments import training_arguments
@@ -22,8 +23,9 @@ from potstill.training.feeding import Rows
 from potstill.training.measuring import peak_gib
 from potstill.training.order import Division, GlobalOrder
 from potstill.training.processes import Ranks, launched_ranks
-from potstill.training.saving import Progress, Saver, refuse_full_disk, refuse_smaller
-from potstill.training.seam import DistillationTrainer, Feed
+from potstill.training.saving import Kept, Progress, Saver, refuse_full_disk, refuse_smaller
+from potstill.training.seam import DistillationTrainer
+from potstill.training.turns import Beside, Feed
 
 _log = logging.getLogger("potstill")
 
@@ -56,13 +58,16 @@ def train(
     distiller: Distiller, teacher: Teacher | None, train_set: Sequence[Example], validation_set: Sequence[Example] | None,
     config: TrainingConfig, folder: RunFolder, *, seed: int, pad_token: int, packed_tokens: int | None = None,
     trackers: Sequence[str] = (), quiet: bool = False, fingerprints: Mapping[str, Any] | None = None,
+    author: Author | None = None, kept: Mapping[str, Kept] | None = None, beside: Beside | None = None,
 ) -> TrainingSummary:  # fmt: skip
     """Trains `distiller` in place and resumes by itself from what `folder` holds. Every rank calls it.
 
     `packed_tokens` is the length of packed rows, None trains on one example a row. `quiet` shows no progress bar. `fingerprints` are
-    further things that must be what they were when the run is resumed, by name. With early stopping the weights at the end are those
-    of the best evaluation. Raises InterruptedRun after SIGTERM or SIGINT and NonFiniteError for a
-    step that must not be taken (everything before it is committed), ConfigError, DataError and IncompatibleError before the first step.
+    further things that must be what they were when the run is resumed, by name. `author` writes what is learned from, where the data
+    set does not; `beside` is plain text with an order of its own; `kept` are further parts whose state every checkpoint holds, by name.
+    With early stopping the weights at the end are those of the best evaluation. Raises InterruptedRun after SIGTERM or SIGINT and
+    NonFiniteError for a step that must not be taken (everything before it is committed), ConfigError, DataError and IncompatibleError
+    before the first step.
     """
     if not len(train_set):
         raise DataError("the training set is empty: no row has a target token that fits; see data.max_tokens and data.too_long")
@@ -72,16 +77,18 @@ def train(
     validation = Rows(validation_set, pad_token=pad_token, seed=seed, max_tokens=packed_tokens) if validation_set else None
     order = GlobalOrder(training.lengths, seed=seed, batch_size=config.batch_size, accumulation=config.accumulation)
     num_steps = config.num_steps(order.steps_per_epoch)
+    feed = Feed(order, training, validation, author, beside)
     division = Division.of(launched_ranks()[1], config.batch_size, config.accumulation)
     with SignalWatch() as watch:
         args = training_arguments(
             config, folder.path, model=distiller, seed=seed, num_steps=num_steps, steps_per_epoch=order.steps_per_epoch,
-            validates=validation is not None, local_accumulation=config.accumulation // division.over_micro_batches,
+            validates=validation is not None, local_accumulation=feed.most_streams * config.accumulation // division.over_micro_batches,
             trackers=trackers, quiet=quiet,
         )  # fmt: skip
         ranks = Ranks()
         own = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
         saver = Saver(folder, ranks, {**own, **(fingerprints or {})}, keep=config.keep_checkpoints)
+        saver.kept = {**({"author": author} if author is not None else {}), **(kept or {})}
         notes = saver.look_for_checkpoint()
         if config.early_stopping:
             notes += saver.forget_lost_best()
@@ -95,7 +102,7 @@ def train(
         progress = saver.progress
         if progress.evaluation_pending or (progress.step < num_steps and not progress.stopped_early):
             trainer = DistillationTrainer(
-                distiller, teacher, Feed(order, training, validation), args, config=config, ranks=ranks, saver=saver, watch=watch,
+                distiller, teacher, feed, args, config=config, ranks=ranks, saver=saver, watch=watch,
                 callbacks=[MetricsToFolder(folder), BestEvaluation(saver.progress, config.early_stopping)],
             )  # fmt: skip
             trainer.run()
