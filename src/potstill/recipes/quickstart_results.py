@@ -47,13 +47,13 @@ class Contestants:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     correct: np.ndarray
     distances: Measurement
     num_parameters: int
 
 
-class _Exam:
+class Exam:
     """The test tasks as one tokenizer writes them: sequences to be predicted and questions to be answered."""
 
     def __init__(self, file: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
@@ -67,19 +67,19 @@ class _Exam:
         row = {name: str(value) for name, value in self.rows[example.index].items()}
         return Question(example.tokens[: example.is_target.index(True)], lambda text: tasks.check(row, text), example.index)
 
-    def take(self, model: CausalLM, teacher: CausalLM | None) -> _Measured:
+    def take(self, model: CausalLM, teacher: CausalLM | None) -> Measured:
         answers = exact_match(model, self.tokenizer, self.questions, max_new_tokens=_MOST_ANSWER_TOKENS, batch_size=150)
         batches = (collate([[example] for example in self.examples[start : start + 50]], pad_token=0)
                    for start in range(0, len(self.examples), 50))  # fmt: skip
         distances = measure_documents(model, batches, teacher, tokenizer=self.tokenizer)
-        return _Measured(answers.correct, distances, model.inner.num_parameters())
+        return Measured(answers.correct, distances, model.inner.num_parameters())
 
 
 def measure(contestants: Contestants, folder: Path, *, max_tokens: int, console: Console, quiet: bool) -> dict[str, Any]:
     """The record of the evaluation: teacher, students without it and students with it, on the test tasks."""
     tokenizer = load_tokenizer(ModelConfig(path=str(contestants.teacher)))
-    exam = _Exam(folder / "data" / "test.jsonl", tokenizer, max_tokens)
-    teacher = _load(contestants.teacher, tokenizer)
+    exam = Exam(folder / "data" / "test.jsonl", tokenizer, max_tokens)
+    teacher = load_for_exam(contestants.teacher, tokenizer)
     students = [*contestants.without.values(), *contestants.taught.values()]
     with Progress(console=console, disable=quiet, transient=True) as progress:
         bar = progress.add_task("Answering the test tasks", total=len(students) + 1)
@@ -87,7 +87,7 @@ def measure(contestants: Contestants, folder: Path, *, max_tokens: int, console:
         progress.advance(bar)
         measured = []
         for run in students:
-            measured.append(exam.take(_load(run / "student", tokenizer), teacher))
+            measured.append(exam.take(load_for_exam(run / "student", tokenizer), teacher))
             progress.advance(bar)
     without, taught = measured[: len(contestants.without)], measured[len(contestants.without) :]
     right = compare_correct(np.stack([one.correct for one in taught]), np.stack([one.correct for one in without]))
@@ -97,18 +97,18 @@ def measure(contestants: Contestants, folder: Path, *, max_tokens: int, console:
         comparisons.append(PairRecord(name, KD, SFT, found))
     return EvaluationRecord(
         title="A scrambled teacher and its students" if contestants.is_scrambled else "A teacher and its students",
-        models=[_row("teacher", [of_teacher]), _row(SFT, without), _row(KD, taught)],
+        models=[model_row("teacher", [of_teacher]), model_row(SFT, without), model_row(KD, taught)],
         comparisons=comparisons,
         data={"text": "test tasks", "rows": len(exam.rows), "seeds": len(contestants.without)},
         warnings=["the teacher's weights are scrambled: it knows nothing"] if contestants.is_scrambled else [],
     ).to_json()
 
 
-def _load(folder: Path, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+def load_for_exam(folder: Path, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
     return CausalLM(load_model(ModelConfig(path=str(folder)), precision="float32"), len(tokenizer))
 
 
-def _row(name: str, runs: list[_Measured]) -> ModelRecord:
+def model_row(name: str, runs: list[Measured]) -> ModelRecord:
     correct = np.stack([run.correct for run in runs])
     distances = estimates_across_seeds([run.distances for run in runs])
     estimates = {EXACT_MATCH: proportion_across_seeds(correct)} | {metric: distances[metric] for metric in METRICS if metric in distances}
