@@ -1,0 +1,105 @@
+"""DistiLLM's author: each step on the data, on fresh text of the student, or on text that it wrote before (2402.03898, section 3.2).
+
+How often which comes is schedule.py's matter, what is kept is buffer.py's; here they become streams, alike on all ranks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from potstill.batch import Example
+from potstill.rollouts.author import Group, Stream
+from potstill.rollouts.both import Both, Writes
+from potstill.rollouts.buffer import Record, ReplayBuffer, gathered
+from potstill.rollouts.config import ReplayConfig
+from potstill.rollouts.schedule import Branch, Schedule
+
+
+class ReplayAuthor:
+    """One stream a step. Text is put into the buffer when the step that it was written for is done: a break before it loses nothing.
+
+    What comes out of the buffer keeps the log-probabilities that it was drawn with; teacher and student read it anew, so that ratios are
+    of the student as it is now. The buffer holds the text of all ranks, on each of them.
+    """
+
+    def __init__(
+        self, student_writer: Writes, other_writer: Writes | None, config: ReplayConfig, *, seed: int, num_steps: int, group: Group
+    ):
+        """`other_writer` is the teacher's; None takes the answers of the data set. `num_steps` is the length of the run."""
+        self._both, self._group, self._seed = Both(student_writer, other_writer), group, seed
+        self.schedule = Schedule(config, seed=seed, num_steps=num_steps)
+        self.buffer = ReplayBuffer(config.capacity)
+        self._fresh: list[Record] = []
+        self._steps: Counter[Branch] = Counter()
+        self._ages: list[int] = []
+
+    @property
+    def most_streams(self) -> int:
+        return 1
+
+    def branch(self, step: int) -> Branch:
+        """What the step after `step` steps is taken on."""
+        return self.schedule.branch(step, buffer_full=self.buffer.full)
+
+    def streams(self, step: int) -> Sequence[tuple[Stream, float]]:
+        return [(self._both.others if self.branch(step) == "others" else "student", 1.0)]
+
+    def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
+        self._fresh = []
+        if stream != "student":
+            return self._both.write(stream, rows, step)
+        if self.branch(step) == "replayed":
+            return self._replayed(rows, step)
+        written = self._both.write(stream, rows, step)
+        records = [Record.of(example, row, step) for row, example in zip(rows, written, strict=True) if example.num_targets]
+        self._fresh = gathered(records, self._group.gather)
+        return written
+
+    def _replayed(self, rows: Sequence[int], step: int) -> list[Example]:
+        """One of the buffer for each row of the step; which one hangs on the rows of all ranks, not on how they are shared."""
+        every = np.sort(np.concatenate(self._group.gather(np.array(rows, dtype=np.int64))))
+        drawn = self.buffer.draw(len(every), seed=self._seed, step=step)
+        self._ages += [step - record.step for record in drawn]
+        return [drawn[int(place)].example() for place in np.searchsorted(every, np.array(rows, dtype=np.int64))]
+
+    def begin(self, step: int) -> None:
+        self._both.refresh(step)
+
+    def step_done(self, step: int) -> None:
+        self._steps[self.branch(step - 1)] += 1
+        self.buffer.push(self._fresh)
+        self._fresh = []
+        self._both.refresh(step)
+
+    def validated(self, loss: float) -> None:
+        self.schedule.validated(loss)
+
+    def metrics(self) -> Mapping[str, float]:
+        """The writers', and: the threshold, how full the buffer is, the shares of fresh and replayed steps, and how many steps ago
+        what was replayed had been written."""
+        found = {"rollouts/threshold": self.schedule.threshold, "rollouts/buffer": float(len(self.buffer))}
+        if steps := self._steps.total():
+            found |= {f"rollouts/{branch}": self._steps[branch] / steps for branch in ("fresh", "replayed")}
+        if self._ages:
+            found["rollouts/age"] = sum(self._ages) / len(self._ages)
+        self._steps, self._ages = Counter(), []
+        return {**self._both.metrics(), **found}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, writers = self._both.state()
+        return {**tensors, **self.buffer.tensors()}, {"writers": writers, "schedule": self.schedule.state()}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self._fresh = []
+        self._both.restore(tensors, numbers.get("writers", {}))
+        self.buffer.restore({name: tensors[name] for name in ("integers", "floats") if name in tensors})
+        self.schedule.restore(numbers.get("schedule", {}))
+
+    def heed(self, check: Callable[[], None]) -> None:
+        self._both.heed(check)
+
+    def close(self) -> None:
+        self._both.close()
