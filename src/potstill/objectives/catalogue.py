@@ -1,6 +1,6 @@
 """The names that a recipe may write, their parameters and the one place where the defaults stand. Imports no torch.
 
-It knows nothing of the formulas: those are in `divergences.py`, `supports.py` and `weights.py`, under the same names.
+It knows nothing of the formulas: those are in `divergences.py`, `supports.py`, `weights.py` and `credit.py`, under the same names.
 """
 
 import difflib
@@ -31,6 +31,8 @@ SUPPORTS: dict[str, dict[str, Value]] = {
     "top_k_renormalised": {"top_k": 64},
     "samples": {"num_samples": 50},
     "projected": {},
+    "student_top_k_tail": {"top_k": 64},
+    "written": {},
 }
 
 TOKEN_WEIGHTS: dict[str, dict[str, Value]] = {
@@ -43,7 +45,10 @@ TOKEN_WEIGHTS: dict[str, dict[str, Value]] = {
     "top_share": {"share": 0.5},
 }
 
-REDUCTIONS = ("token_mean", "seq_mean")
+REDUCTIONS = ("token_mean", "seq_mean", "seq_sum")
+BASELINES = ("none", "kl")
+FUTURES = ("none", "discounted", "mean")
+RATIOS = ("none", "truncate", "mask", "clip")
 ONE_TOKEN = (
     "one token renormalised on itself is 1 on both sides, so that nothing would be learned; keep at least 2 (objective.top_k), or say "
     "objective.support: top_k_tail"
@@ -126,6 +131,13 @@ def _check_support(divergence: str, support: str, token_weight: str, of_support:
         raise ConfigError(f"objective: samples are unbiased for forward_kl alone; found {divergence}; say support: top_k_tail")
     if support == "projected" and divergence != "forward_kl":
         raise ConfigError(f"objective: a projected record serves forward_kl alone; found {divergence}; say support: top_k_tail or full")
+    if support == "written" and divergence != "reverse_kl":
+        raise ConfigError(
+            f"objective: written tokens estimate reverse_kl alone; found {divergence}; say divergence: reverse_kl, or support: "
+            "student_top_k_tail or full"
+        )
+    if support == "written" and token_weight not in ("none", "position"):
+        raise ConfigError(f"objective: {token_weight} needs a distribution at each position; found support written; say token_weight: none")
     if support == "top_k_renormalised" and of_support["top_k"] == 1:
         raise ConfigError(f"objective: top_k is 1, and {ONE_TOKEN}")
     if support == "samples" and token_weight in NEEDS_TEACHER_PROBABILITIES:
@@ -137,6 +149,34 @@ def _check_support(divergence: str, support: str, token_weight: str, of_support:
         )
     if support == "projected" and token_weight != "none":
         raise ConfigError(f"objective: a projected record knows no more than forward KL; found token_weight {token_weight!r}; say none")
+
+
+def check_policy(
+    divergence: str, support: str, *, baseline: str = "none", future: str = "none", ratio: str = "none", temperature: float = 1.0
+) -> None:
+    """Raises ConfigError, naming the key, where tokens cannot be credited so. Divergence, support and weights are checked elsewhere."""
+    for key, name, names in (("baseline", baseline, BASELINES), ("future", future, FUTURES), ("ratio", ratio, RATIOS)):
+        if name not in names:
+            raise ConfigError(f"objective.policy.{key} is one of {', '.join(names)}; found {name!r}")
+    if temperature != 1:
+        raise ConfigError(
+            f"objective.temperature: the policy that is credited is the student at temperature 1; found {temperature}; leave it at 1.0 "
+            "(text drawn at another rollouts.sampling.temperature is weighed by policy.ratio)"
+        )
+    if baseline == "kl" and support != "written":
+        raise ConfigError(
+            f"objective.policy.baseline: kl is taken from the credit of written tokens; found support {support!r}, which has no such "
+            "credit; say support: written, or baseline: none"
+        )
+    if future != "none" and divergence != "reverse_kl":
+        raise ConfigError(
+            f"objective.policy.future: what follows is credited with its part of the sequence's reverse KL; found {divergence}; say "
+            "divergence: reverse_kl, or future: none"
+        )
+    if future != "none" and support in ("samples", "projected"):
+        raise ConfigError(
+            f"objective.policy.future: needs the teacher's probability of each token; found support {support!r}; say full or future: none"
+        )
 
 
 def loss_weights(kd_ratio: float | None, kd_weight: float | None, sft_weight: float | None) -> tuple[float, float]:

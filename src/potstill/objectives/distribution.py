@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.batch import Batch
-from potstill.errors import IncompatibleError
+from potstill.errors import ConfigError, IncompatibleError
 from potstill.head import Head
 from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value
 from potstill.objectives.execution import Execution
@@ -16,9 +16,19 @@ from potstill.signals import Needs, Outcomes, TeacherSignal
 
 _OUTCOMES: dict[str, Outcomes] = {
     "full": "full", "top_k_tail": "top_k", "top_k_renormalised": "top_k", "samples": "sampled", "projected": "projected",
+    "student_top_k_tail": "full", "written": "target",
 }  # fmt: skip
 # Here a record is exact at any temperature; elsewhere it stands at its own.
-_AT_ANY_TEMPERATURE = ("full", "top_k_renormalised")
+_AT_ANY_TEMPERATURE = ("full", "top_k_renormalised", "student_top_k_tail")
+
+
+def needs_of(support: str, parameters: dict[str, Value] | None, *, temperature: float = 1.0, token_weight: str = "none") -> Needs:
+    """What a teacher is asked for."""
+    outcomes = _OUTCOMES[support]
+    # How many outcomes a live teacher is cut down to is no wish of a record, unless somebody said so.
+    top_k = (parameters or {}).get("top_k") if outcomes == "top_k" else None
+    at_any = support in _AT_ANY_TEMPERATURE and token_weight != "position"
+    return Needs(outcomes, None if top_k is None else int(top_k), None if at_any else temperature)
 
 
 class DistributionMatching(nn.Module):
@@ -49,10 +59,9 @@ class DistributionMatching(nn.Module):
             divergence, parameters, kd_ratio=kd_ratio, kd_weight=kd_weight, sft_weight=sft_weight, temperature=temperature,
             scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight,
         )
-        # How many outcomes a live teacher is cut down to is no wish of a record, unless somebody said so.
-        top_k = (parameters or {}).get("top_k")
-        at_any = support in _AT_ANY_TEMPERATURE and token_weight != "position"
-        self.needs = Needs(_OUTCOMES[support], None if top_k is None else int(top_k), None if at_any else temperature)
+        if support == "written":
+            raise ConfigError("objective.support: written learns from tokens that the student drew itself; use PolicyGradient for it")
+        self.needs = needs_of(support, parameters, temperature=temperature, token_weight=token_weight)
         self.reduction = check_reduction(reduction)
         self.vocabulary_size = vocabulary_size
         self.execution = execution or Execution()

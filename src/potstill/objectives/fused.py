@@ -126,22 +126,27 @@ def run_plan(
     vocabulary_size: int | None = None,
     row_weights: Float[Tensor, "N"] | None = None,
     divergence_weights: Float[Tensor, "N"] | None = None,
+    text_weights: Float[Tensor, "N"] | None = None,
     training: bool = True,
     details: bool = False,
     execution: Execution | None = None,
 ) -> FusedLoss:
-    """`fused_loss` for choices that have been checked; `divergence_weights` multiply the divergence alone."""
+    """`fused_loss` for choices that have been checked; `divergence_weights` and `text_weights` multiply one of the two losses alone.
+
+    They are constants; `text_weights` may be negative.
+    """
     if isinstance(teacher, RoutedOutcomes):
 
         def part(rows: Tensor, answer: WholeOutcomes) -> FusedLoss:
-            weights = [None if tensor is None else tensor[rows] for tensor in (row_weights, divergence_weights)]
+            weights = [None if tensor is None else tensor[rows] for tensor in (row_weights, divergence_weights, text_weights)]
             return run_plan(
                 plan, student_rows.index_select(0, rows), student_head, answer, targets[rows], vocabulary_size=vocabulary_size,
-                row_weights=weights[0], divergence_weights=weights[1], training=training, details=details, execution=execution,
+                row_weights=weights[0], divergence_weights=weights[1], text_weights=weights[2], training=training, details=details,
+                execution=execution,
             )
 
         return _routed(teacher, student_rows, len(targets), part)
-    vocabulary = _vocabulary(student_head, teacher, vocabulary_size)
+    vocabulary = common_vocabulary(student_head, teacher, vocabulary_size)
     _check_targets(targets, vocabulary)
     if teacher is not None:
         plan = _fitted(plan, student_head, teacher, len(targets), vocabulary)
@@ -154,6 +159,7 @@ def run_plan(
         targets=targets,
         row_weights=torch.ones_like(targets, dtype=narrow) if row_weights is None else row_weights.to(narrow),
         divergence_weights=None if divergence_weights is None else divergence_weights.to(narrow),
+        text_weights=None if text_weights is None else text_weights.to(narrow),
         execution=execution or Execution(),
         details=details,
     )
@@ -235,7 +241,7 @@ def _check_ids(teacher: WholeOutcomes, vocabulary: int) -> None:
         )
 
 
-def _vocabulary(student_head: Head, teacher: WholeOutcomes | None, vocabulary_size: int | None) -> int:
+def common_vocabulary(student_head: Head, teacher: WholeOutcomes | None, vocabulary_size: int | None) -> int:
     """The number of real tokens, which all heads must at least cover."""
     widths = [student_head.vocabulary_size]
     if isinstance(teacher, FullOutcomes):

@@ -32,6 +32,7 @@ class Job:
     targets: Tensor
     row_weights: Tensor
     divergence_weights: Tensor | None
+    text_weights: Tensor | None
     execution: Execution
     details: bool
 
@@ -115,6 +116,7 @@ def _run_group(
                 teacher=tuple(answer[block] for answer in answers),
                 row_weights=job.row_weights[here],
                 divergence_weights=None if job.divergence_weights is None else job.divergence_weights[here],
+                text_weights=None if job.text_weights is None else job.text_weights[here],
             )
             if compiles and block.stop - block.start == sizes.block:
                 step = compiled_step(job.plan, job.finishes, training, job.details)
@@ -202,9 +204,13 @@ def _total(job: Job, by_row: dict[str, Tensor]) -> Tensor:
     """A weight of zero takes an infinite divergence out, as a masked row would."""
     total = job.row_weights.new_zeros(())
     if job.plan.sft_weight > 0 and "cross_entropy" in by_row:
-        total = total + job.plan.sft_weight * (job.row_weights * by_row["cross_entropy"]).sum()
+        weights = job.row_weights if job.text_weights is None else job.row_weights * job.text_weights
+        total = total + job.plan.sft_weight * weighted_sum(weights, by_row["cross_entropy"])
     if job.plan.divergence_factor > 0 and "divergence" in by_row:
         weights = job.row_weights * by_row["token_weight"] if "token_weight" in by_row else job.row_weights
-        weighted = torch.where(weights > 0, weights * by_row["divergence"], 0.0)
-        total = total + job.plan.divergence_factor * weighted.sum()
+        total = total + job.plan.divergence_factor * weighted_sum(weights, by_row["divergence"])
     return total
+
+
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    return torch.where(weights != 0, weights * values, 0.0).sum()

@@ -15,13 +15,13 @@ def check_reduction(reduction: str) -> str:
 
 
 def count(reduction: str, batch: Batch) -> int:
-    """Target tokens, or responses that have one."""
+    """Target tokens, or responses that have one: "seq_sum" divides the sum over every response by their number."""
     return batch.num_targets if reduction == "token_mean" else batch.num_responses
 
 
 def row_weights(reduction: str, batch: Batch) -> Tensor | None:
     """One over the number of targets in the row's response for "seq_mean" (GKD's definition), else None."""
-    if reduction == "token_mean":
+    if reduction != "seq_mean":
         return None
     _, response, lengths = batch.target_responses().unique(return_inverse=True, return_counts=True)
     return (1 / lengths.to(torch.float32))[response] if response.numel() else response.to(torch.float32)

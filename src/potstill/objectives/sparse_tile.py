@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill.objectives.pair import LOG_ZERO, nats
 from potstill.objectives.plan import Plan
 from potstill.objectives.supports import Compared, reduce_teacher, repeated_ids
-from potstill.objectives.tile_parts import Finish, TileInput, gradient_scale, weigh, weighted_divergence, wide
+from potstill.objectives.tile_parts import Finish, TileInput, gradient_scale, text_scale, weigh, weighted_divergence, wide
 from potstill.objectives.weights import entropy, entropy_share
 
 
@@ -57,7 +57,7 @@ def sparse_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     """As `tile_step`, for records and for live teachers that are cut down to what a record would hold."""
     logits = finishes[0].logits(wide(linear))
     picked = rows.targets.unsqueeze(-1)
-    teacher = _record(plan, finishes[1], rows, picked, logits.dtype)
+    teacher = _record(plan, finishes[1], rows, picked, logits)
     found, share = _whole_looks(plan, logits, teacher, details)
     slope = finishes[0].slope(logits) if training else None
     ids, repeated = _one_each(plan, teacher)
@@ -85,12 +85,17 @@ def sparse_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     return found
 
 
-def _record(plan: Plan, finish: Finish, rows: TileInput, picked: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(ids, weights), or (ids, log_probs, log_tail [n, 1]) and, where it is known, the target's log-probability [n, 1]."""
+def _record(plan: Plan, finish: Finish, rows: TileInput, picked: Tensor, student: Tensor) -> tuple[Tensor, ...]:
+    """(ids, weights), or (ids, log_probs, log_tail [n, 1]) and, where it is known, the target's log-probability [n, 1].
+
+    `student` are the student's logits: where the support is of its own most likely tokens, it names the ids.
+    """
+    dtype = student.dtype
     if len(rows.teacher) == 1:
         logits = finish.logits(wide(rows.teacher[0]))
         log_probs = (logits if plan.temperature == 1 else logits / plan.temperature).log_softmax(-1)
-        return reduce_teacher(plan.support, log_probs, plan.support_size, picked)
+        of_student = student if plan.support == "student_top_k_tail" else None
+        return reduce_teacher(plan.support, log_probs, plan.support_size, picked, of_student)
     named = plan.support != "projected"
     ids = rows.teacher[0] if named else picked[:, :0]
     known = rows.teacher[1:] if named else rows.teacher
@@ -114,7 +119,7 @@ def _whole_looks(plan: Plan, logits: Tensor, teacher: tuple[Tensor, ...], detail
     found = {}
     if details:
         found["student_entropy"] = entropy(logits.log_softmax(-1))
-        if plan.support not in ("samples", "projected"):
+        if plan.support not in ("samples", "projected", "student_top_k_tail"):
             best = teacher[0].gather(-1, teacher[1].argmax(-1, keepdim=True)).squeeze(-1)
             found["top1_agreement"] = (best == logits.argmax(-1)).to(logits.dtype)
     if plan.token_weight != "student_entropy":
@@ -171,7 +176,7 @@ def _over_logits(plan: Plan, gradient: Tensor, tempered: _Parted | None, plain: 
     over_tail = gradient[:, ids.shape[-1] :] if plan.support != "top_k_renormalised" else torch.zeros_like(plain.tail)
     if plan.sft_weight == 0:
         return (plain if tempered is None else tempered).spread(over_tail).scatter_add_(-1, ids, over_ids)
-    weights = (rows.row_weights * plan.sft_weight).to(gradient.dtype).unsqueeze(-1)
+    weights = text_scale(plan, rows).to(gradient.dtype)
     over_ids = over_ids + weights * plain.on_ids.exp()
     own_tail = weights * plain.tail.exp()
     whole = plain.spread(own_tail + over_tail) if tempered is None else plain.spread(own_tail).add_(tempered.spread(over_tail))

@@ -1,4 +1,5 @@
-"""Which outcomes student and teacher are compared on: the whole vocabulary, the teacher's top K and the rest, K alone, or samples.
+"""Which outcomes student and teacher are compared on: the whole vocabulary, the teacher's top K or the student's and the rest, K alone,
+or samples.
 
 A support knows nothing of the distance that follows, nor of how the student comes by its probabilities of these outcomes.
 """
@@ -21,6 +22,7 @@ _ACCEPTS = {
     "top_k_renormalised": (*_LIVE, TopKOutcomes),
     "samples": (*_LIVE, SampledOutcomes),
     "projected": (*_LIVE, ProjectedOutcomes),
+    "student_top_k_tail": _LIVE,
 }
 _MORE = {
     TopKOutcomes: "say objective.support: top_k_tail or top_k_renormalised",
@@ -90,15 +92,19 @@ def _check_mixture(outcomes: MixtureOutcomes) -> None:
         )
 
 
-def reduce_teacher(support: str, log_probs: Float[Tensor, "n V"], size: int, picked: Int[Tensor, "n 1"]) -> tuple[Tensor, ...]:
+def reduce_teacher(
+    support: str, log_probs: Float[Tensor, "n V"], size: int, picked: Int[Tensor, "n 1"], student: Float[Tensor, "n V"] | None = None
+) -> tuple[Tensor, ...]:
     """A live teacher's distribution cut down to what a record of it would hold.
 
-    (ids, weights); or (ids, log_probs, log_tail [n, 1], log-probability of the `picked` token [n, 1]).
+    (ids, weights); or (ids, log_probs, log_tail [n, 1], log-probability of the `picked` token [n, 1]). The ids are the teacher's most
+    likely ones, or those of the `student`'s logits where they are given.
     """
     if support == "samples":
         ids = torch.multinomial(log_probs.exp(), size, replacement=True)
         return ids, torch.full_like(ids, 1 / size, dtype=log_probs.dtype)
-    kept, ids = log_probs.topk(min(size, log_probs.shape[-1]), dim=-1)
+    ids = (log_probs if student is None else student).topk(min(size, log_probs.shape[-1]), dim=-1).indices
+    kept = log_probs.gather(-1, ids)
     return ids, kept, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True), log_probs.gather(-1, picked)
 
 

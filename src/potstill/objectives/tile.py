@@ -10,7 +10,7 @@ from potstill.objectives.pair import nats
 from potstill.objectives.plan import Plan
 from potstill.objectives.sparse_tile import sparse_step
 from potstill.objectives.supports import Compared
-from potstill.objectives.tile_parts import Finish, TileInput, weighted_divergence, wide
+from potstill.objectives.tile_parts import Finish, TileInput, text_scale, weighted_divergence, wide
 from potstill.objectives.weights import entropy, entropy_share
 
 
@@ -45,7 +45,7 @@ def _whole_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     if details:
         found["student_entropy"] = entropy(log_probs)
     if probs is not None and plan.sft_weight > 0:
-        weights = (rows.row_weights * plan.sft_weight).unsqueeze(-1)
+        weights = text_scale(plan, rows)
         gradient = probs * weights if gradient is None else gradient.addcmul_(probs, weights)
         gradient.scatter_add_(-1, picked, -weights)
     if training:

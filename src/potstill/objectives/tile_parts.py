@@ -42,13 +42,14 @@ class Finish:
 class TileInput:
     """n rows. `teacher` is what `TeacherAnswers` says of them: (linear logits [n, V],) of a live teacher, a record's tensors, or ().
 
-    `row_weights` multiply both losses, `divergence_weights` the divergence alone.
+    `row_weights` multiply both losses, `divergence_weights` the divergence alone, `text_weights` the cross-entropy alone.
     """
 
     targets: Tensor
     teacher: tuple[Tensor, ...]
     row_weights: Tensor
     divergence_weights: Tensor | None
+    text_weights: Tensor | None = None
 
 
 def wide(linear: Tensor) -> Tensor:
@@ -69,6 +70,8 @@ def weigh(
         parameters["targets"] = rows.targets
     if plan.weighs_tokens_itself:
         forward, reverse = position_weight(plan.token_weight, dict(plan.weight_parameters), compared, student_share)
+        if token_weights is not None:
+            forward, reverse = forward * token_weights, reverse * token_weights
         token_weights = forward if plan.divergence != "reverse_kl" else reverse
         if plan.divergence == "mixed_kl":
             # w F + (1 - w) R with two weights is one weight and another share of the forward direction.
@@ -91,6 +94,12 @@ def weighted_divergence(
     if token_weights is not None:
         found["token_weight"] = token_weights
     return found, None if gradient is None else gradient.mul_(gradient_scale(plan, weights))
+
+
+def text_scale(plan: Plan, rows: TileInput) -> Tensor:
+    """What multiplies the gradient of the cross-entropy; [n, 1]."""
+    weights = rows.row_weights if rows.text_weights is None else rows.row_weights * rows.text_weights
+    return (weights * plan.sft_weight).unsqueeze(-1)
 
 
 def gradient_scale(plan: Plan, weights: Tensor) -> Tensor:
