@@ -35,6 +35,8 @@ class Answers:
     k: int | None = None
     num_samples: int | None = None
     temperature: float | None = None
+    of_targets: bool = False
+    """Whether it also gives the log-probability of the token that came, whichever it is."""
 
 
 def members(teacher: Any) -> Iterator[tuple[str, Single]]:
@@ -48,7 +50,7 @@ def members(teacher: Any) -> Iterator[tuple[str, Single]]:
 def known_answers(key: str, teacher: Single) -> Answers | None:
     """What a teacher gives, where its section says so; None for a cache, which must be opened."""
     if isinstance(teacher, ServerTeacherConfig):
-        return Answers(f"{key} (a server)", "top_k", k=teacher.top_k, temperature=1.0)
+        return Answers(f"{key} (a server)", "top_k", k=teacher.top_k, temperature=1.0, of_targets=True)
     return Answers(f"{key} (a local model)", "hidden") if isinstance(teacher, LocalTeacherConfig) else None
 
 
@@ -59,7 +61,7 @@ def refuse_unfit(recipe: "Recipe") -> None:
         if isinstance(member, LocalTeacherConfig) and member.sharded and member.quantization:
             raise ValueError(f"{key}.sharded: a quantised teacher cannot be sharded; leave out one of sharded and quantization")
         answers = known_answers(key, member)
-        if answers is not None and objective.asks_teacher:
+        if answers is not None:
             settled(objective, answers)
         if isinstance(teacher, EnsembleTeacherConfig) and teacher.column is None and isinstance(member, ServerTeacherConfig):
             raise ValueError(
@@ -109,7 +111,17 @@ def settled(objective: "ObjectiveConfig", answers: Answers) -> "ObjectiveConfig"
 
     Raises ValueError, beginning with the key and naming both sides, where the recipe names what cannot be served.
     """
-    if not objective.asks_teacher or answers.outcomes == "hidden":
+    if answers.outcomes == "hidden":
+        return objective
+    if (other := objective.on_student_text) is not None:
+        objective = objective.model_copy(update={"on_student_text": settled(other, answers)})
+    if not objective.asks_teacher:
+        return objective
+    if objective.support == "written" and answers.of_targets:
+        if objective.policy is not None and objective.policy.baseline == "kl":
+            raise ValueError(
+                f"objective.policy.baseline: kl needs whole distributions, and {answers.source} gives one log-probability a token; say none"
+            )
         return objective
     serves, given = SERVES[answers.outcomes], objective.model_fields_set
     support = objective.support if "support" in given else _natural(serves, objective.divergence)
@@ -132,7 +144,7 @@ def settled(objective: "ObjectiveConfig", answers: Answers) -> "ObjectiveConfig"
             f"objective.temperature={answers.temperature:g}" + (", or say support: top_k_renormalised" if "top_k" in support else "")
         )
     taken = {name: number for name, number in limits.items() if getattr(objective, name) is None}
-    values = objective.model_dump(include=set(given)) | {"support": support} | taken
+    values = objective.model_dump(include=set(given), exclude_unset=True) | {"support": support} | taken
     return _rebuilt(objective, values, answers)
 
 

@@ -24,7 +24,7 @@ _CACHE = "cache.json"
 def precheck(recipe: Recipe) -> None:
     """Raises ModelError or DataError, naming the key and the remedy, for the first thing that is not there."""
     check_model("student", recipe.student)
-    if recipe.objective.asks_teacher:
+    if recipe.uses_teacher:
         for key, member in members(recipe.teacher):
             check_teacher(key, member)
     check_trackers(recipe)

@@ -90,7 +90,7 @@ def read_models(recipe: Recipe) -> tuple[Reader, dict[str, Reader], TokenizerCom
     student = read_model(recipe.student)
     teachers: dict[str, Reader] = {}
     found: list[tuple[str, TokenizerComparison]] = []
-    for key, member in members(recipe.teacher) if recipe.objective.asks_teacher else ():
+    for key, member in members(recipe.teacher) if recipe.uses_teacher else ():
         if isinstance(member, LocalTeacherConfig):
             other = teachers[key] = read_model(member)
             found.append((key, _compared(student, other.tokenizer, other.width)))
@@ -126,7 +126,7 @@ def prepare_data(
 ) -> tuple[PreparedData, tuple[int, ...]]:
     """The examples of the run, and the ids at which the student stops."""
     ids = stop_ids(recipe.student, student.config)
-    teacher = recipe.teacher if recipe.objective.asks_teacher and isinstance(recipe.teacher, EnsembleTeacherConfig) else None
+    teacher = recipe.teacher if recipe.asks_teacher and isinstance(recipe.teacher, EnsembleTeacherConfig) else None
     data = prepare(
         recipe.data, student.tokenizer, seed=recipe.run.seed, end_of_text=ids, progress=False if quiet else None,
         rejects_file=rejects_file, strict=strict, route_column=teacher.column if teacher else None,

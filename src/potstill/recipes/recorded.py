@@ -15,7 +15,7 @@ from potstill.objectives.projection import check_projected
 from potstill.recipes.fitting import Answers, known_answers, members, refuse_trained_head, settled
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.provenance import reading_fields
-from potstill.recipes.schema import Recipe
+from potstill.recipes.schema import ObjectiveConfig, Recipe
 from potstill.teachers.cached import CachedTeacher, refuse_foreign
 from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig
 
@@ -27,7 +27,7 @@ def open_caches(recipe: Recipe) -> dict[str, CacheReader]:
 
     Raises ConfigError for a cache that a mean cannot take.
     """
-    if not recipe.objective.asks_teacher:
+    if not recipe.asks_teacher:
         return {}
     readers = {key: CacheReader(member.path) for key, member in members(recipe.teacher) if isinstance(member, CacheTeacherConfig)}
     if isinstance(recipe.teacher, EnsembleTeacherConfig) and recipe.teacher.column is None:
@@ -45,7 +45,7 @@ def settle(recipe: Recipe, readers: Readers) -> tuple[Recipe, list[str]]:
 
     Raises ConfigError naming both sides where it names what they cannot serve.
     """
-    if not recipe.objective.asks_teacher:
+    if not recipe.asks_teacher:
         return recipe, []
     objective = recipe.objective
     routed = isinstance(recipe.teacher, EnsembleTeacherConfig) and recipe.teacher.column is not None
@@ -59,9 +59,21 @@ def settle(recipe: Recipe, readers: Readers) -> tuple[Recipe, list[str]]:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
     if objective == recipe.objective:
         return recipe, []
-    size = {name: objective.parameters[name] for name in ("top_k", "num_samples") if name in objective.parameters}
-    words = ", ".join([f"objective.support={objective.support}", *(f"objective.{name}={number}" for name, number in size.items())])
-    return recipe.model_copy(update={"objective": objective}), [f"{words}: what {_sources(recipe, readers)} gives"]
+    taken = [
+        f"{key}.{name}={value}" for key, new, old in _pairs(objective, recipe.objective)
+        for name, value in {"support": new.support, **new.parameters}.items()
+        if name in ("support", "top_k", "num_samples") and new != old
+    ]  # fmt: skip
+    return recipe.model_copy(update={"objective": objective}), [f"{', '.join(taken)}: what {_sources(recipe, readers)} gives"]
+
+
+def _pairs(new: ObjectiveConfig, old: ObjectiveConfig) -> list[tuple[str, ObjectiveConfig, ObjectiveConfig]]:
+    """The objective and that of the student's text, as they are and as they were, each with its key."""
+    alone = {"on_student_text": None}
+    pairs = [("objective", new.model_copy(update=alone), old.model_copy(update=alone))]
+    if new.on_student_text is not None and old.on_student_text is not None:
+        pairs.append(("objective.on_student_text", new.on_student_text, old.on_student_text))
+    return pairs
 
 
 def _narrowest_first(recipe: Recipe, readers: Readers) -> list[Answers]:

@@ -10,6 +10,7 @@ from potstill.data.config import DataConfig
 from potstill.models.config import ModelConfig
 from potstill.objectives import catalogue
 from potstill.recipes.fitting import refuse_unfit
+from potstill.recipes.rollout_rules import on_student_text, refuse_unfit_rollouts, without_packing
 from potstill.rollouts.config import RolloutsConfig
 from potstill.rollouts.generate_config import GenerateConfig
 from potstill.teachers.config import TeacherConfig
@@ -57,8 +58,8 @@ class ObjectiveConfig(Config):
     """The outcomes that are compared at each position."""
     token_weight: str = "none"
     """How positions are weighed against each other."""
-    reduction: Literal["token_mean", "seq_mean"] = "token_mean"
-    """Every target counts alike, or every response does."""
+    reduction: Literal["token_mean", "seq_mean", "seq_sum"] = "token_mean"
+    """Every target counts alike; or every response does, by the mean over its targets; or by their sum, divided by the responses."""
     alpha: float | None = None
     """Skew KL: the share of the other side in the mixture. Alpha-beta: its first exponent. DKD: weight of the target's part."""
     beta: float | None = None
@@ -91,7 +92,13 @@ class ObjectiveConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _weights_stand_in_place_of_the_ratio(cls, given: Any) -> Any:
-        named = isinstance(given, dict) and any(given.get(name) is not None for name in ("kd_weight", "sft_weight"))
+        if not isinstance(given, dict):
+            return given
+        if isinstance(other := given.get("on_student_text"), dict):
+            # The student's own text is never learned by cross-entropy, so that a ratio which nobody named is 1 there.
+            weighed = any(other.get(name) is not None for name in ("kd_weight", "sft_weight"))
+            given = {**given, "on_student_text": other if weighed else {"kd_ratio": 1.0, **other}}
+        named = any(given.get(name) is not None for name in ("kd_weight", "sft_weight"))
         return {"kd_ratio": None, **given} if named else given
 
     @model_validator(mode="after")
@@ -175,6 +182,26 @@ class Recipe(Config):
     capture: CaptureConfig | None = None
     """What `potstill capture` records of the teacher, and where; a run itself does not look at it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_that_a_model_writes(cls, given: Any) -> Any:
+        return without_packing(given)
+
+    @property
+    def student_objective(self) -> ObjectiveConfig | None:
+        """What the student's own text is learned by; None where it writes nothing that is learned."""
+        return on_student_text(self.objective) if self.rollouts is not None and self.rollouts.student_writes else None
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether any loss depends on a teacher."""
+        return self.objective.asks_teacher or (self.student_objective is not None and self.student_objective.asks_teacher)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a teacher must be at hand at all: to be asked, or to write."""
+        return self.asks_teacher or (self.rollouts is not None and self.rollouts.teacher_writes)
+
     @model_validator(mode="after")
     def _sections_fit(self):
         objective, training = self.objective, self.training
@@ -183,7 +210,8 @@ class Recipe(Config):
                 f"objective.divergence: {objective.divergence} compares with a teacher, and there is no teacher section; add "
                 "teacher: {kind: local, path: ...}, or leave the objective section out to learn from the text alone"
             )
-        if self.teacher is not None and objective.divergence == "cross_entropy":
+        unasked = not self.uses_teacher and self.student_objective is None
+        if self.teacher is not None and objective.divergence == "cross_entropy" and unasked:
             raise ValueError(
                 "objective.divergence: cross_entropy never asks the teacher; leave the teacher section out, or choose a divergence"
             )
@@ -192,10 +220,16 @@ class Recipe(Config):
         if training.eval_steps is not None and self.data.validation is None:
             raise ValueError("training.eval_steps: there is nothing to evaluate on; set data.validation to a fraction or a file")
         refuse_unfit(self)
+        refuse_unfit_rollouts(self)
         return self
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as JSON values with every default filled in: what the run folder records and a resume compares."""
         values = self.model_dump(mode="json")  # null too: where a default is not null, silence would mean something else
         values["objective"] |= self.objective.parameters
+        if (other := self.objective.on_student_text) is not None:
+            values["objective"]["on_student_text"] |= other.parameters
+        if self.rollouts is not None:
+            for key in self.rollouts.idle:
+                del values["rollouts"][key]
         return values

@@ -134,6 +134,13 @@ class WatchConfig(Config):
     """Share of answers that do not end."""
 
 
+# Keys that mean something to some authors alone.
+_OF_AUTHORS: dict[str, tuple[AuthorName, ...]] = {
+    "student": ("mixture",), "teacher_share": ("teacher_mixed",), "replay": ("replay",), "pair": ("pair",),
+    "others": ("mixture", "replay", "pair"),
+}  # fmt: skip
+
+
 class RolloutsConfig(Config):
     """Who writes the text that the student learns from. Without this section the data set does."""
 
@@ -175,14 +182,18 @@ class RolloutsConfig(Config):
 
     @model_validator(mode="after")
     def _of_the_author(self):
-        mine = {"student": ("mixture",), "teacher_share": ("teacher_mixed",), "replay": ("replay",), "pair": ("pair",),
-                "others": ("mixture", "replay", "pair")}  # fmt: skip
-        for key, authors in mine.items():
-            if key in self.model_fields_set and self.author not in authors:
-                raise ValueError(f"{key}: is of the author {' or '.join(authors)}, and the author is {self.author}; leave it out")
+        for key in self.idle:
+            if key in self.model_fields_set:
+                authors = " or ".join(_OF_AUTHORS[key])
+                raise ValueError(f"{key}: is of the author {authors}, and the author is {self.author}; leave it out")
         if self.author == "dataset" and self.reward is not None:
             raise ValueError("reward: the author is dataset, and a reward is for what the student writes; choose another author")
         return self
+
+    @property
+    def idle(self) -> list[str]:
+        """The keys that mean nothing to this author, and that a recipe with it must not hold."""
+        return [key for key, authors in _OF_AUTHORS.items() if self.author not in authors]
 
     @property
     def student_writes(self) -> bool:
