@@ -45,7 +45,15 @@ class StorageError(PotstillError, OSError):
     """Bytes could not be written or do not read back as written; the message names the path."""
 
 
-class TeacherError(PotstillError):
+class ServerError(PotstillError):
+    """A server that the run depends on refuses, or answers what cannot be believed; the message holds its own words."""
+
+
+class GeneratorError(ServerError):
+    """A server that writes text refuses, has not taken the student's weights, or answers what cannot be believed."""
+
+
+class TeacherError(ServerError):
     """A served teacher refuses, has become another model, or answers what cannot be believed; the message holds its own words."""
 
 

@@ -17,11 +17,11 @@ import torch
 
 from potstill.batch import Batch
 from potstill.errors import OutageError, TeacherError
+from potstill.serving import pool as server_pool
+from potstill.serving.endpoint import retry_after
 from potstill.signals import Needs
-from potstill.teachers import server_pool
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server import ServerTeacher
-from potstill.teachers.server_http import retry_after
 from server_mutators import MUTATORS
 from stub_server import Bigram, Fault, StubServer
 

@@ -12,7 +12,7 @@ import torch
 from potstill.cache.store import CacheReader
 from potstill.errors import InterruptedRun, OutageError, TeacherError
 from potstill.objectives.distribution import DistributionMatching
-from potstill.teachers import server_pool
+from potstill.serving import pool as server_pool
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server import ServerTeacher
 from potstill.training.distiller import Distiller

@@ -8,10 +8,10 @@ import torch
 
 from potstill.batch import Batch
 from potstill.errors import ConfigError, IncompatibleError, TeacherError
-from potstill.signals import Needs, TopKOutcomes
+from potstill.serving.service import read_key
+from potstill.signals import Needs, TargetOutcomes, TopKOutcomes
 from potstill.teachers.config import ServerTeacherConfig
-from potstill.teachers.server import ServerTeacher
-from potstill.teachers.server_http import read_key
+from potstill.teachers.server import ServerTeacher, service_of
 from potstill.teachers.teacher import Teacher, require
 from stub_server import Bigram, StubServer
 from tiny import tiny_tokenizer
@@ -77,6 +77,26 @@ def test_rows_are_what_the_model_says(backend):
         teacher.close()
 
 
+@pytest.mark.parametrize("backend", ["vllm", "sglang"])
+def test_the_target_alone_is_asked_for_where_nothing_else_is_needed(backend):
+    """One log-probability a token: what an objective from drawn tokens asks for. Nothing else travels."""
+    documents, first = some_documents()
+    with StubServer() as stub:
+        teacher = ServerTeacher(config(stub.url, backend=backend), vocabulary_size=VOCABULARY)
+        bodies = []
+        stub.script = lambda number, body: bodies.append(body)
+        batch = packed_batch(documents, first)
+        outcomes = teacher.score(batch, Needs("target")).outcomes
+        assert isinstance(outcomes, TargetOutcomes)
+        np.testing.assert_allclose(outcomes.log_probs, expected(stub.model, documents, first, 1)[3], atol=1e-6)
+        asked = [body.get("prompt_logprobs", body.get("top_logprobs_num")) for body in bodies]
+        assert asked.count(0) == 4
+        assert asked.count(K) == len(asked) - 4 <= 1   # a probe
+        nobody = packed_batch([[1, 2, 3], [4, 5]], [3, 2])
+        assert len(teacher.score(nobody, Needs("target")).outcomes) == 0
+        teacher.close()
+
+
 def test_it_asks_what_is_needed_and_once():
     documents, first = some_documents(5)
     documents += [documents[0], documents[1]]
@@ -132,10 +152,11 @@ def test_the_whole_vocabulary_has_no_tail_and_padded_rows_go_to_it():
         np.testing.assert_allclose(float(tail), np.log(1 - row[kept].sum()), atol=1e-5)
 
 
-def test_it_offers_top_k_at_temperature_one_and_nothing_else():
+def test_it_offers_top_k_and_the_target_at_temperature_one_and_nothing_else():
     with StubServer() as stub:
         teacher = ServerTeacher(config(stub.url), vocabulary_size=VOCABULARY)
         require(teacher, Needs("top_k", top_k=K, temperature=1.0))
+        require(teacher, Needs("target"))
         for needs in (Needs("full"), Needs("sampled"), Needs("top_k", top_k=K + 1), Needs("top_k", temperature=2.0)):
             with pytest.raises(IncompatibleError, match="the server"):
                 teacher.score(packed_batch([[1, 2]], [0]), needs)
@@ -232,7 +253,7 @@ def test_files_under_the_home_folder_are_found(tmp_path, monkeypatch):
     (tmp_path / "key").write_text("canary-4711\n")
     with StubServer(texts=lambda number: "elsewhere") as stub:
         named = config(stub.url, tokenizer="~/served", api_key_file="~/key")
-        key = read_key(named)
+        key = read_key(service_of(named))
         assert key is not None
         assert key.reveal() == "canary-4711"
         ServerTeacher(named, vocabulary_size=VOCABULARY, tokenizer=tiny_tokenizer()).close()

@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 import pytest
 
+from potstill.serving.endpoint import Unbelievable
+from potstill.serving.strict_json import parse
 from potstill.teachers import server_sglang, server_vllm
 from potstill.teachers.server_answers import PADDED_ROWS, Scored, believe, cut_to
-from potstill.teachers.server_http import Unbelievable
-from potstill.teachers.server_json import parse
 from server_mutators import BYTE_MUTATORS, MUTATORS, naive_read
 from stub_server import Bigram, StubServer
 

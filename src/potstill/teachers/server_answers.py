@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from potstill.teachers.server_http import Unbelievable
+from potstill.serving.endpoint import Unbelievable
 
 # Rows that heads have beyond their tokenizer are padding to a multiple; a server that names ids further out serves another vocabulary.
 PADDED_ROWS = 1024
@@ -17,7 +17,7 @@ _SMALLEST_TAIL = 1e-9        # below it 1 - sum of float32 log-probabilities is 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a server says of one prompt of T tokens: row t is the distribution that predicted token t + 1."""
+    """What a server says of one prompt of T tokens: row t is the distribution that predicted token t + 1. K may be 0."""
 
     ids: np.ndarray          # int64 [T - 1, K], most likely first
     log_probs: np.ndarray    # float64 [T - 1, K]
@@ -40,10 +40,10 @@ def believe(scored: Scored, prompt: list[int], k: int, most_ids: int) -> None:
     rows, ids, log_probs, actual = len(prompt) - 1, scored.ids, scored.log_probs, scored.actual
     if ids.shape != (rows, k) or log_probs.shape != (rows, k) or actual.shape != (rows,):
         raise Unbelievable(f"{ids.shape} ids and {log_probs.shape} log-probabilities for {rows} tokens and top_k {k}")
-    if not rows:
+    _require(np.isfinite(actual) & (actual <= _EPSILON), "a log-probability of the token that came that is none", actual)
+    if not rows or not k:
         return
     _require(np.isfinite(log_probs) & (log_probs <= _EPSILON), "a log-probability that is none", log_probs)
-    _require(np.isfinite(actual) & (actual <= _EPSILON), "a log-probability of the token that came that is none", actual)
     _require((ids >= 0) & (ids < most_ids), f"an id outside the vocabulary of {most_ids:,}", ids)
     ordered = np.sort(ids, axis=1)
     _require(ordered[:, 1:] != ordered[:, :-1], "an id that stands twice", ordered[:, 1:])
@@ -72,6 +72,9 @@ def cut_to(scored: Scored, vocabulary_size: int) -> Kept:
     Their places go to the end of the row and are filled with its first id at log-probability -inf: an id that stands twice counts once,
     and one without mass not at all.
     """
+    if not scored.ids.shape[1]:  # nothing was asked for but the token that came
+        nothing = np.zeros(len(scored.actual), np.float32)
+        return Kept(scored.ids, scored.log_probs.astype(np.float32), nothing, scored.actual.astype(np.float32))
     real = scored.ids < vocabulary_size
     order = np.argsort(~real, axis=1, kind="stable")
     ids = np.take_along_axis(scored.ids, order, axis=1)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -18,11 +17,12 @@ from potstill import storage
 from potstill.environment import redact_text
 from potstill.errors import ModelError, TeacherError
 from potstill.models.tokenizers import compare_tokenizers, refuse_different
+from potstill.serving.endpoint import Endpoint, Unanswered, Unbelievable, clean, keeping
+from potstill.serving.pool import Pool
+from potstill.serving.service import Service
+from potstill.serving.strict_json import is_list, is_object, parse
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server_answers import PADDED_ROWS, Scored, believe
-from potstill.teachers.server_http import Endpoint, Unanswered, Unbelievable, clean
-from potstill.teachers.server_json import is_list, is_object, parse
-from potstill.teachers.server_pool import Pool
 from potstill.teachers.server_probe import Fingerprint, digest, probe_difference, probe_tokens, refuse_other_texts
 
 _QUARANTINED_BYTES = 64 * 2**10
@@ -36,11 +36,11 @@ class Asker:
     """Lives on one event loop. `start` comes first."""
 
     def __init__(
-        self, config: ServerTeacherConfig, endpoint: Endpoint, backend: ModuleType, vocabulary_size: int,
+        self, config: ServerTeacherConfig, service: Service, endpoint: Endpoint, backend: ModuleType, vocabulary_size: int,
         tokenizer: PreTrainedTokenizerBase | None, name: str, quarantine: Path | None,
     ):  # fmt: skip
         self._config, self._endpoint, self._backend, self._name = config, endpoint, backend, name
-        self._pool = Pool(config, name, self._read_models)
+        self._pool = Pool(service, name, self._read_models)
         self._tokenizer = tokenizer
         self._vocabulary_size = self._widest = vocabulary_size
         self._quarantine, self._quarantined = quarantine, itertools.count(1)
@@ -58,7 +58,7 @@ class Asker:
         await self._pool.ask(self._read_models)
         self._probe = probe_tokens(self._tokenizer, self._vocabulary_size, self.max_model_len)
         self.digest = digest(self._probe, self._tokenizer)
-        self._pool.another = lambda seconds: self._exchange([self._probe], seconds)
+        self._pool.another = lambda seconds: self._exchange([self._probe], seconds, self._config.top_k)
         self.fingerprint = await self._score_probe()
         if self._config.tokenizer is None and self._tokenizer is not None:
             refuse_other_texts(self.fingerprint.texts, self._tokenizer, self._name)
@@ -74,7 +74,7 @@ class Asker:
 
     async def _read_models(self, seconds: float) -> None:
         body = await self._endpoint.get("/v1/models", seconds=seconds, most_bytes=_FRAME_BYTES)
-        with _keeping(body):
+        with keeping(body):
             cards = [is_object(card, "a model") for card in is_list(is_object(parse(body), "the answer").get("data"), "data")]
         served = [str(card.get("id")) for card in cards]
         if self._config.model not in served:
@@ -85,22 +85,22 @@ class Asker:
 
     # ------------------------------------------------------------ prompts
 
-    async def score(self, prompts: Sequence[list[int]]) -> list[Scored]:
-        """One request, asked until it is answered and the answer is believed."""
-        scored = await self._pool.ask(lambda seconds: self._exchange(prompts, seconds))
+    async def score(self, prompts: Sequence[list[int]], k: int) -> list[Scored]:
+        """One request with so many outcomes a token, asked until it is answered and the answer is believed."""
+        scored = await self._pool.ask(lambda seconds: self._exchange(prompts, seconds, k))
         await self.confirm()
         self._since_probe += 1
         return scored
 
-    async def _exchange(self, prompts: Sequence[list[int]], seconds: float, *, texts: bool = False) -> list[Scored]:
-        config, k = self._config, self._config.top_k
+    async def _exchange(self, prompts: Sequence[list[int]], seconds: float, k: int, *, texts: bool = False) -> list[Scored]:
+        config = self._config
         most_ids = self._widest + PADDED_ROWS
         body = await self._endpoint.post(
             self._backend.PATH, self._backend.request(config.model, prompts, k, texts=texts), seconds=seconds,
             most_bytes=_FRAME_BYTES + sum(map(len, prompts)) * (k + 2) * _ENTRY_BYTES,
         )  # fmt: skip
         try:
-            with _keeping(body):
+            with keeping(body):
                 answers = self._backend.read(parse(body), config.model, prompts, k, texts=texts)
                 for scored, prompt in zip(answers, prompts, strict=True):
                     believe(scored, prompt, k, most_ids)
@@ -131,7 +131,7 @@ class Asker:
     async def confirm_now(self) -> None:
         """Asks for the probe once. A server that does not answer has not become another model."""
         with suppress(Unanswered, Unbelievable):
-            [scored] = await self._exchange([self._probe], min(self._config.request_seconds, _CONFIRM_SECONDS))
+            [scored] = await self._exchange([self._probe], min(self._config.request_seconds, _CONFIRM_SECONDS), self._config.top_k)
             self._refuse_drift(Fingerprint.of(scored))
             self._since_probe = 0
 
@@ -141,7 +141,7 @@ class Asker:
 
     async def _score_probe(self) -> Fingerprint:
         began, connections = time.monotonic(), self._endpoint.opened
-        [scored] = await self._pool.ask(lambda seconds: self._exchange([self._probe], seconds, texts=True))
+        [scored] = await self._pool.ask(lambda seconds: self._exchange([self._probe], seconds, self._config.top_k, texts=True))
         # A connection that the probe itself made is proven too; one that somebody else made meanwhile is not.
         made = self._endpoint.opened - connections
         self._probed_connections, self._probed_at = connections + min(made, 1), began
@@ -157,17 +157,3 @@ class Asker:
 
     async def close(self) -> None:
         await self._endpoint.close()
-
-
-class _keeping:
-    """Gives the body to an Unbelievable that is raised inside."""
-
-    def __init__(self, body: bytes):
-        self._body = body
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Unbelievable) and not error.body:
-            error.body = self._body

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from potstill.serving.endpoint import Unbelievable
+from potstill.serving.strict_json import integer, is_list, is_object, text_or_nothing
 from potstill.teachers.server_answers import Scored
-from potstill.teachers.server_http import Unbelievable
-from potstill.teachers.server_json import integer, is_list, is_object, text_or_nothing
 
 PATH = "/generate"
 _FLAT = "input_top_logprobs"
@@ -27,7 +27,7 @@ def request(model: str, prompts: Sequence[list[int]], k: int, *, texts: bool = F
     return {
         "input_ids": [list(prompt) for prompt in prompts], "sampling_params": {"max_new_tokens": 1, "temperature": 0},
         "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": k, "return_text_in_logprobs": texts,
-        "return_flat_raw_top_logprobs": not texts, "return_flat_raw_top_logprobs_b64": not texts,
+        "return_flat_raw_top_logprobs": k > 0 and not texts, "return_flat_raw_top_logprobs_b64": k > 0 and not texts,
     }  # fmt: skip
 
 
@@ -47,6 +47,8 @@ def _read_prompt(meta: dict[str, Any], prompt: list[int], k: int, texts: bool) -
     if [integer(_triple(cell)[1], "a token's id") for cell in tokens] != prompt:
         raise Unbelievable("it is about another prompt")
     actual = _numbers([cell[0] for cell in tokens[1:]])
+    if not k:
+        return Scored(np.zeros((len(actual), 0), np.int64), np.zeros((len(actual), 0)), actual, {})
     if f"{_FLAT}_shape" in meta:
         ids, log_probs = _flat(meta, len(prompt) - 1, k)
         return Scored(ids, log_probs, actual, {})

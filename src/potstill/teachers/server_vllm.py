@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from potstill.serving.endpoint import Unbelievable
+from potstill.serving.strict_json import integer, is_list, is_object, text_or_nothing
 from potstill.teachers.server_answers import Scored
-from potstill.teachers.server_http import Unbelievable
-from potstill.teachers.server_json import integer, is_list, is_object, text_or_nothing
 
 PATH = "/v1/completions"
 

@@ -1,4 +1,4 @@
-"""One HTTP exchange with a teacher's server: its bytes, or which of four ways it failed. Knows no retries and no log-probabilities.
+"""One HTTP exchange with a server: its bytes, or which of four ways it failed. Knows no retries and nothing of what is asked.
 
 The key goes into one header and nowhere else; no redirect is followed, so it goes to no other host.
 """
@@ -6,28 +6,20 @@ The key goes into one header and nowhere else; no redirect is followed, so it go
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from potstill.environment import HIDDEN, keep_secret, redact_text
-from potstill.errors import ConfigError, TeacherError
-from potstill.teachers.config import ServerTeacherConfig
+from potstill.environment import redact_text
+from potstill.serving.service import Service, read_key
 
 _CONNECT_SECONDS = 10.0
 _KEPT_SECONDS = 4.0   # uvicorn, under vLLM and SGLang, drops a connection that is idle for 5 s
 _MOST_WORDS = 500     # characters of a server's own words in a message
 _TRY_LATER = {408, 425, *range(500, 600)} - {501, 505}
-_HINTS = {
-    401: "check the key: teacher.api_key_env or teacher.api_key_file",
-    403: "check the key: teacher.api_key_env or teacher.api_key_file",
-    404: "check teacher.url, teacher.model and teacher.backend",
-}
 _LOGGERS = ("httpx2", "httpcore2.connection", "httpcore2.http11", "httpcore2.http2", "httpcore2.proxy", "httpcore2.socks")
 
 
@@ -51,41 +43,18 @@ class Unbelievable(Exception):
         self.body = body
 
 
-class Secret:
-    """A key that shows itself to nobody who does not ask for it."""
+class keeping:
+    """Gives the body to an Unbelievable that is raised inside."""
 
-    def __init__(self, value: str):
-        self._value = value
-        keep_secret(value)
+    def __init__(self, body: bytes):
+        self._body = body
 
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return HIDDEN
-
-
-def read_key(config: ServerTeacherConfig) -> Secret | None:
-    """The key from where the recipe says it is, without blanks around it. Raises ConfigError that names the place and not the key."""
-    if config.api_key_env is not None:
-        place, found = f"teacher.api_key_env: the environment variable {config.api_key_env}", os.environ.get(config.api_key_env)
-        if found is None:
-            raise ConfigError(f"{place} is not set")
-    elif config.api_key_file is not None:
-        place = f"teacher.api_key_file: {config.api_key_file}"
-        try:
-            found = Path(config.api_key_file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{place} cannot be read ({type(error).__name__})") from None
-    else:
+    def __enter__(self) -> None:
         return None
-    value = found.strip()
-    if not value:
-        raise ConfigError(f"{place} is empty")
-    if not (value.isascii() and value.isprintable() and " " not in value):
-        keep_secret(value)
-        raise ConfigError(f"{place} holds a blank, a control character or a letter beyond ASCII inside the key; write the key alone")
-    return Secret(value)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Unbelievable) and not error.body:
+            error.body = self._body
 
 
 class _Redacting(logging.Filter):
@@ -102,12 +71,12 @@ _redacting = _Redacting()
 class Endpoint:
     """A server's address. Used on one event loop."""
 
-    def __init__(self, config: ServerTeacherConfig, key: Secret | None):
-        self.url = config.url.rstrip("/").removesuffix("/v1")
+    def __init__(self, service: Service):
+        self.url = service.url.rstrip("/").removesuffix("/v1")
         self.opened = 0
         """Connections made so far."""
-        self._key = key
-        self._config = config
+        self._key = read_key(service)
+        self._service = service
         self._client: httpx2.AsyncClient | None = None
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_redacting)
@@ -115,7 +84,7 @@ class Endpoint:
     def _connected(self) -> httpx2.AsyncClient:
         if self._client is None:
             headers = {"Authorization": f"Bearer {self._key.reveal()}"} if self._key else {}
-            limits = httpx2.Limits(max_keepalive_connections=self._config.concurrency, keepalive_expiry=_KEPT_SECONDS)
+            limits = httpx2.Limits(max_keepalive_connections=self._service.concurrency, keepalive_expiry=_KEPT_SECONDS)
             timeout = httpx2.Timeout(None, connect=_CONNECT_SECONDS)  # the whole exchange is timed, below
             self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=timeout, follow_redirects=False)
         return self._client
@@ -131,7 +100,7 @@ class Endpoint:
         return await self._exchange("POST", path, json.dumps(body, separators=(",", ":")).encode(), seconds, most_bytes)
 
     async def _exchange(self, method: str, path: str, content: bytes | None, seconds: float, most_bytes: int) -> bytes:
-        """The body of a 200. Raises Unanswered, Busy, Unbelievable, and TeacherError for what another try would not change."""
+        """The body of a 200. Raises Unanswered, Busy, Unbelievable, and the service's refusal for what another try would not change."""
         received = bytearray()
         try:
             async with asyncio.timeout(seconds):
@@ -148,13 +117,13 @@ class Endpoint:
                 finally:
                     await response.aclose()
         except TimeoutError:
-            raise Unanswered(f"no whole answer within {seconds:.3g} s (teacher.request_seconds)") from None
+            raise Unanswered(f"no whole answer within {seconds:.3g} s ({self._service.section}.request_seconds)") from None
         except httpx2.DecodingError as error:
             raise Unbelievable(f"a body that does not unpack ({clean(str(error))})", bytes(received)) from None
         except (httpx2.RemoteProtocolError, httpx2.NetworkError, httpx2.TimeoutException, httpx2.ProxyError) as error:
             raise Unanswered(clean(str(error)) or type(error).__name__) from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise TeacherError(f"teacher.url {self.url}: {clean(str(error)) or type(error).__name__}") from None
+            raise self._service.refusal(f"{self._service.section}.url {self.url}: {clean(str(error)) or type(error).__name__}") from None
         self._judge(response, path, bytes(received))
         return bytes(received)
 
@@ -169,14 +138,15 @@ class Endpoint:
             raise Unanswered(f"status {status}: {said}", retry_after(response.headers.get("Retry-After")))
         if 200 < status < 300:
             raise Unbelievable(f"status {status} where 200 is meant", body)
+        address = f"{self._service.section}.url {self.url}{path}"
         if 300 <= status < 400:
             target = clean(response.headers.get("Location", "nowhere"))
-            raise TeacherError(f"teacher.url {self.url}{path}: the server sends on to {target} (status {status}); no redirect is followed, "
-                               "so that a key goes to no other host: write the address that is meant in teacher.url")  # fmt: skip
-        hint = _HINTS.get(status, "")
-        if status in (400, 422) and "logprobs" in said:
-            hint = f"lower teacher.top_k ({self._config.top_k}), or start the server with a larger limit (vLLM: --max-logprobs)"
-        raise TeacherError(f"teacher.url {self.url}{path}: the server refuses with status {status}: {said}" + (f"; {hint}" if hint else ""))
+            raise self._service.refusal(
+                f"{address}: the server sends on to {target} (status {status}); no redirect is followed, so that a key goes to no other "
+                f"host: write the address that is meant in {self._service.section}.url"
+            )
+        hint = self._service.hint(path, status, said)
+        raise self._service.refusal(f"{address}: the server refuses with status {status}: {said}" + (f"; {hint}" if hint else ""))
 
     async def close(self) -> None:
         if self._client is not None:

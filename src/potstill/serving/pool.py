@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from potstill.errors import OutageError, TeacherError
-from potstill.teachers.config import ServerTeacherConfig
-from potstill.teachers.server_http import Busy, Unanswered, Unbelievable
+from potstill.errors import OutageError
+from potstill.serving.endpoint import Busy, Unanswered, Unbelievable
+from potstill.serving.service import Service
 
 T = TypeVar("T")
 _log = logging.getLogger("potstill")
@@ -73,22 +73,22 @@ class Gate:
 class Pool:
     """Asks one server on one event loop."""
 
-    def __init__(self, config: ServerTeacherConfig, name: str, another: Callable[[float], Awaitable[object]]):
+    def __init__(self, service: Service, name: str, another: Callable[[float], Awaitable[object]]):
         """`another(seconds)` asks for something that a server in order answers."""
-        self._config, self._name, self.another = config, name, another
-        self._gate = Gate(config.concurrency)
+        self._service, self._name, self.another = service, name, another
+        self._gate = Gate(service.concurrency)
         self._down_since: float | None = None
         self._answered = 0
 
     async def ask(self, attempt: Callable[[float], Awaitable[T]]) -> T:
-        """What `attempt(seconds)` returns at last. Raises OutageError, and TeacherError for what no patience mends."""
+        """What `attempt(seconds)` returns at last. Raises OutageError, and the service's refusal for what no patience mends."""
         failures = busy = bad = own = 0
         answered = self._answered
         while True:
             await self._gate.enter()
             began = time.monotonic()
             try:
-                result = await attempt(min(self._config.request_seconds, max(self._left(), _LAST_TRY)))
+                result = await attempt(min(self._service.request_seconds, max(self._left(), _LAST_TRY)))
             except Busy as error:
                 self._failed(began, error)
                 self._gate.shrink(min(pause(busy), _LONGEST_BUSY_PAUSE, self._left()) if error.wait is None else error.wait)
@@ -98,8 +98,9 @@ class Pool:
                 own += self._answered > answered
                 answered = self._answered
                 if own >= _OWN_FAILURES:
-                    raise TeacherError(f"{self._name}: one request failed {own} times while others were answered: {error}; "
-                                       "lower teacher.sequences_per_request or look into the server's log") from None  # fmt: skip
+                    raise self._service.refusal(
+                        f"{self._name}: one request failed {own} times while others were answered: {error}; {self._service.if_one_fails}"
+                    ) from None
                 self._failed(began, error)
                 wait = pause(failures) if error.wait is None else error.wait
                 failures += 1
@@ -108,8 +109,9 @@ class Pool:
             except Unbelievable as error:
                 bad += 1
                 if bad >= _BAD_ANSWERS:
-                    raise TeacherError(f"{self._name}: {bad} answers to one request cannot be believed: {error}; is teacher.backend "
-                                       f"({self._config.backend}) what the server is?") from None  # fmt: skip
+                    raise self._service.refusal(
+                        f"{self._name}: {bad} answers to one request cannot be believed: {error}; {self._service.if_unbelievable}"
+                    ) from None
                 wait = pause(bad - 1)
             else:
                 self._succeeded()
@@ -121,18 +123,18 @@ class Pool:
     async def _look(self) -> None:
         """Asks for something else, once: where that is answered the server is there."""
         with suppress(Unanswered, Unbelievable):
-            await self.another(min(self._config.request_seconds, _LOOK_SECONDS, max(self._left(), _LAST_TRY)))
+            await self.another(min(self._service.request_seconds, _LOOK_SECONDS, max(self._left(), _LAST_TRY)))
             self._succeeded()
 
     def _left(self) -> float:
         """Seconds until patience ends."""
         if self._down_since is None:
             return math.inf
-        return max(self._down_since + self._config.max_outage_seconds - time.monotonic(), 0.0)
+        return max(self._down_since + self._service.max_outage_seconds - time.monotonic(), 0.0)
 
     def _failed(self, began: float, error: Unanswered) -> None:
         """Notes a failure of a request that began then. Raises OutageError where waiting is no use any more."""
-        limit = self._config.max_outage_seconds
+        limit = self._service.max_outage_seconds
         if self._down_since is None:
             _log.warning(f"{self._name} does not answer ({error}); asking again for at most {limit:g} s")
             self._down_since = began
@@ -141,8 +143,8 @@ class Pool:
         if gone >= limit or gone + (error.wait or 0.0) > limit:
             asks = f" and asks to wait {error.wait:.0f} s more" if error.wait and gone < limit else ""
             raise OutageError(
-                f"{self._name} has not answered for {gone:.1f} s{asks} (teacher.max_outage_seconds: {limit:g}); the last failure: {error}. "
-                "Everything committed stays: run the same command again to go on"
+                f"{self._name} has not answered for {gone:.1f} s{asks} ({self._service.section}.max_outage_seconds: {limit:g}); the last "
+                f"failure: {error}. Everything committed stays: run the same command again to go on"
             ) from None
 
     def _succeeded(self) -> None:

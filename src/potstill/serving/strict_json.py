@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from potstill.teachers.server_http import Unbelievable
+from potstill.serving.endpoint import Unbelievable
 
 
 def parse(body: bytes) -> Any:

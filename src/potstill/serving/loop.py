@@ -26,7 +26,7 @@ class Loop:
         """The result of `work`; where the caller is interrupted, `work` is cancelled and its connections are closed."""
         if not self._thread.is_alive():
             work.close()
-            raise RuntimeError("a closed teacher is not asked again")
+            raise RuntimeError("what is closed is not asked again")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], _LOOK_SECONDS, FIRST_COMPLETED).done:

@@ -1,0 +1,1 @@
+"""How a server elsewhere is asked: exchanges, strict JSON, patience, an event loop. What teachers and generators behind HTTP share."""
