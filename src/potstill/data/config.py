@@ -1,5 +1,6 @@
 """What a recipe says about data. Free of torch and transformers, so that a recipe is read and refused at once."""
 
+from string import Formatter
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -34,6 +35,18 @@ def check_columns_mapping(format: str, columns: dict[str, str | None]) -> None:
             raise ValueError(f"columns: the format {format} reads {', '.join(known)}, no {ours!r} (our name stands left, yours right)")
         if theirs is None and ours not in ABSENT_COLUMNS:
             raise ValueError(f"columns: {ours!r} cannot be null; only {', '.join(ABSENT_COLUMNS)} may be absent")
+
+
+def wording_parts(wording: str) -> list[tuple[str, str | None]]:
+    """A wording as pieces of text, each with the name in braces that follows it, if any. Raises ValueError where it does not read."""
+    try:
+        parts = list(Formatter().parse(wording))
+    except ValueError as error:
+        raise ValueError(f"{wording!r}: {error}; a name stands in braces, and a brace of the text is written twice: {{{{ or }}}}") from None
+    for _, name, after, conversion in parts:
+        if name is not None and (not name or after or conversion):
+            raise ValueError(f"{wording!r}: braces hold the name of a column and nothing else; a brace of the text is written twice")
+    return [(text, name) for text, name, _, _ in parts]
 
 
 class SkipBadLines(Config):
@@ -83,7 +96,7 @@ class DataConfig(Config):
     """How instruction and input become a user turn: joined by an empty line, or in the wording of Stanford Alpaca."""
     teacher_prompt: Annotated[str, Field(min_length=1)] | None = None
     """What the teacher reads as the last user turn in place of the student's: a text with {prompt} (that turn), {answer} (the row's own
-    answer) and any column in braces. Null: the same as the student."""
+    answer) and any column in braces. Only the last answer is then learned. Null: the same as the student."""
     on_bad_line: Literal["stop"] | SkipBadLines = "stop"
     """Stop at the first malformed line, or leave out at most so many, each counted."""
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -105,6 +118,13 @@ class DataConfig(Config):
             raise ValueError("train: give every source of the mixture a weight, or none")
         if self.too_long == "split" and any((item.format or self.format) != "text" for item in self.sources):
             raise ValueError("too_long: split is for the format text; an answer without its prompt teaches nothing, so drop or truncate")
+        if self.teacher_prompt is not None:
+            try:
+                wording_parts(self.teacher_prompt)
+            except ValueError as error:
+                raise ValueError(f"teacher_prompt: {error}") from None
+            if any((item.format or self.format) == "text" for item in self.sources + ([self.held_out] if self.held_out else [])):
+                raise ValueError("teacher_prompt: takes the place of a user turn, and the format text has none; use prompt_completion")
         if self.instruct_prompt == "alpaca" and self.chat_template == "alpaca":
             raise ValueError("instruct_prompt: alpaca and chat_template: alpaca would write the Alpaca wording twice; choose one")
         return self

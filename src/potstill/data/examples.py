@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import overload
 
 import numpy as np
@@ -39,16 +39,39 @@ class DataCounts:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """For each of N examples the tokens that a teacher reads in place of the first `lengths` [N] ones; an empty part: the same tokens."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray) -> "TeacherPrompts":
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *prompts]), np.cumsum([0, *map(len, prompts)], dtype=np.int64),
+            np.asarray(lengths, dtype=np.int64),
+        )  # fmt: skip
+
+    def part(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def select(self, indices: np.ndarray) -> "TeacherPrompts":
+        return TeacherPrompts.of([self.part(index) for index in indices], self.lengths[indices])
+
+
 class ExampleSet(Sequence[Example]):
     """N examples: tokens in one int32 array, marks in one bool array, and offsets. `self[i].index == i`."""
 
     def __init__(self, tokens: np.ndarray, is_target: np.ndarray, offsets: np.ndarray, *, places: np.ndarray,
-                 sources: tuple[str, ...], bytes_of: np.ndarray, routes: np.ndarray, route_names: tuple[str, ...]):
+                 sources: tuple[str, ...], bytes_of: np.ndarray, routes: np.ndarray, route_names: tuple[str, ...],
+                 teacher_prompts: TeacherPrompts | None = None):
         """`offsets` [N+1]; `places` [N, 2]: number of the source and of the row in it; `bytes_of` [V]: bytes of text of each token;
         `routes` [N]: which of `route_names` answers."""
         self._tokens, self._is_target, self._offsets = tokens, is_target, offsets
         self._places, self._sources, self._bytes_of = places, sources, bytes_of
-        self._routes, self._route_names = routes, route_names
+        self._routes, self._route_names, self._teacher_prompts = routes, route_names, teacher_prompts
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -69,7 +92,11 @@ class ExampleSet(Sequence[Example]):
             raise IndexError(f"example {index} of {len(self)}")
         index = int(index) % len(self)
         part = self._part(index)
-        return Example(self._tokens[part].tolist(), self._is_target[part].tolist(), index, self.origin(index), self.route(index))
+        example = Example(self._tokens[part].tolist(), self._is_target[part].tolist(), index, self.origin(index), self.route(index))
+        prompts = self._teacher_prompts
+        if prompts is None or not len(prompt := prompts.part(index)):
+            return example
+        return replace(example, teacher_prompt=prompt.tolist(), prompt_length=int(prompts.lengths[index]))
 
     def origin(self, index: int) -> str:
         source, number = self._places[index]
@@ -141,6 +168,7 @@ class ExampleSet(Sequence[Example]):
             np.concatenate([empty[1], *(self._is_target[part] for part in parts)]),
             offsets, places=self._places[chosen], sources=self._sources, bytes_of=self._bytes_of,
             routes=self._routes[chosen], route_names=self._route_names,
+            teacher_prompts=None if self._teacher_prompts is None else self._teacher_prompts.select(chosen),
         )
 
 
@@ -155,8 +183,14 @@ class ExampleSetBuilder:
         self._sources: dict[str, int] = {}
         self._routes: list[int] = []
         self._route_names: dict[str, int] = {}
+        self._teacher_prompts: list[np.ndarray] = []
+        self._prompt_lengths: list[int] = []
 
-    def add(self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], source: str, number: int, route: str = "") -> None:
+    def add(
+        self, tokens: Sequence[int], spans: Sequence[tuple[int, int]], source: str, number: int, route: str = "",
+        teacher_prompt: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """`spans` are those of the targets; a teacher's prompt stands in place of everything before the only one."""
         marks = np.zeros(len(tokens), dtype=bool)
         for start, end in spans:
             marks[start:end] = True
@@ -164,6 +198,8 @@ class ExampleSetBuilder:
         self._marks.append(marks)
         self._places.append((self._sources.setdefault(source, len(self._sources)), number))
         self._routes.append(self._route_names.setdefault(route, len(self._route_names)))
+        self._teacher_prompts.append(np.asarray(teacher_prompt or (), dtype=np.int32))
+        self._prompt_lengths.append(spans[-1][0] if teacher_prompt else 0)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -175,4 +211,7 @@ class ExampleSetBuilder:
             np.concatenate([[0], np.cumsum([len(tokens) for tokens in self._tokens])]).astype(np.int64),
             places=np.array(self._places, dtype=np.int64).reshape(-1, 2), sources=tuple(self._sources), bytes_of=self._bytes_of,
             routes=np.array(self._routes, dtype=np.int32), route_names=tuple(self._route_names),
+            teacher_prompts=(
+                TeacherPrompts.of(self._teacher_prompts, self._prompt_lengths) if any(map(len, self._teacher_prompts)) else None
+            ),
         )

@@ -21,6 +21,7 @@ from potstill.data.lines import Rejects, Row, RowFault
 from potstill.data.rendering import Rendered, Renderer
 from potstill.data.routing import Routing
 from potstill.data.sources import read_source, read_training_sources
+from potstill.data.teacher_prompt import TeacherPrompt, cut_left
 from potstill.data.templates import settle_template
 from potstill.data.token_bytes import token_bytes
 from potstill.errors import DataError
@@ -117,7 +118,7 @@ class _Preparation:
         routing: Routing | None,
     ):  # fmt: skip
         self.config, self.tokenizer, self.strict, self.routing = config, tokenizer, strict, routing
-        self.progress = progress
+        self.progress, self.teacher_prompt = progress, TeacherPrompt.of(config.teacher_prompt)
         self.rejects = Rejects(config.bad_lines_allowed)
         self.validation_rejects = Rejects(config.bad_lines_allowed)
         self.problems: list[str] = []
@@ -134,7 +135,9 @@ class _Preparation:
     def checked(self, item: MixtureItem, rows: list[Row], validation: bool = False) -> list[Row]:
         rejects = self.validation_rejects if validation else self.rejects
         rows = check_columns(rows, self.reading(item), item.path, rejects)
-        return rows if self.routing is None else self.routing.checked(rows, item.path, rejects)
+        for further in (self.teacher_prompt, self.routing):
+            rows = rows if further is None else further.checked(rows, item.path, rejects)
+        return rows
 
     def write_rejects(self, path: Path | None) -> None:
         items = [*self.rejects.items, *self.validation_rejects.items]
@@ -174,7 +177,8 @@ class _Preparation:
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
                     chunk = rows[start : start + _ROWS_AT_ONCE]
                     items: list[Item | RowFault] = [_read(row, reading) for row in chunk]
-                    results = iter(self.renderer.render([item for item in items if not isinstance(item, RowFault)]))
+                    pairs = [(row, item) for row, item in zip(chunk, items, strict=True) if not isinstance(item, RowFault)]
+                    results = iter(self._render(pairs))
                     for row, content in zip(chunk, items, strict=True):
                         result = content if isinstance(content, RowFault) else next(results)
                         if isinstance(result, RowFault):
@@ -188,41 +192,51 @@ class _Preparation:
                             yield row, result
                     bar.advance(task, len(chunk))
 
+    def _render(self, pairs: list[tuple[Row, Item]]) -> list[Rendered | RowFault]:
+        if self.teacher_prompt is not None:
+            return self.teacher_prompt.render(self.renderer, pairs)
+        return self.renderer.render([item for _, item in pairs])
+
     def _add(self, row: Row, rendered: Rendered, builder: ExampleSetBuilder, tally: "_Tally") -> None:
-        tokens, spans, limit = rendered.tokens, rendered.spans, self.config.max_tokens
+        limit = self.config.max_tokens
         route = "" if self.routing is None else self.routing.route(row)
-        tally.longest = max(tally.longest, len(tokens))
-        if len(tokens) > limit:
-            tally.too_long.append((len(tokens), row.origin))
+        tally.longest = max(tally.longest, rendered.longest)
+        if rendered.longest > limit:
+            tally.too_long.append((rendered.longest, row.origin))
             if self.config.too_long in ("error", "drop"):
                 tally.dropped += 1
                 return
             if self.config.too_long == "split":
                 tally.used += 1
-                for piece, inside in _pieces(tokens, spans, limit):
+                for piece, inside in _pieces(rendered.tokens, rendered.spans, limit):
                     builder.add(piece, inside, row.source, row.number, route)
                 return
-            tokens, spans = self._cut(tokens, spans, limit)
-            if not spans:
+            rendered = self._cut(rendered, limit)
+            if not rendered.spans:
                 tally.empty += 1
                 return
             tally.truncated += 1
-        elif tokens[spans[-1][1] - 1] not in self.renderer.ending_ids:
+        elif rendered.tokens[rendered.spans[-1][1] - 1] not in self.renderer.ending_ids:
             tally.unended += 1
         tally.used += 1
-        builder.add(tokens, spans, row.source, row.number, route)
+        builder.add(rendered.tokens, rendered.spans, row.source, row.number, route, rendered.teacher_prompt)
 
-    def _cut(self, tokens: list[int], spans: list[tuple[int, int]], limit: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Exactly `limit` tokens; nothing is added, so that a cut answer does not end. A BOS stays in front."""
-        if self.config.too_long == "truncate_right":
-            kept, shift, front = tokens[:limit], 0, 0
+    def _cut(self, whole: Rendered, limit: int) -> Rendered:
+        """At most `limit` tokens, for the teacher too; nothing is added, so that a cut answer does not end. A BOS stays in front."""
+        bos = self.tokenizer.bos_token_id
+        if self.config.too_long == "truncate_right":  # the same answer stands behind the teacher's prompt
+            kept, shift, front = whole.tokens[: max(limit - whole.ahead, 0)], 0, 0
         else:
-            front = 1 if tokens[0] == self.tokenizer.bos_token_id else 0
-            shift = len(tokens) - limit
-            kept = tokens[:front] + tokens[front + shift :]
-        moved = [(max(start - shift, front), min(end - shift, limit)) for start, end in spans]
+            kept, shift, front = cut_left(whole.tokens, limit, bos), max(len(whole.tokens) - limit, 0), int(whole.tokens[0] == bos)
+        moved = [(max(start - shift, front), min(end - shift, len(kept))) for start, end in whole.spans]
         # A target in first place has no predictor: what is left must hold one that has.
-        return kept, [(start, end) for start, end in moved if end > max(start, 1)]
+        spans = [(start, end) for start, end in moved if end > max(start, 1)]
+        if whole.teacher_prompt is None or not spans:
+            return Rendered(kept, spans)
+        start = whole.spans[-1][0] - shift
+        if start < max(front, 1):
+            return Rendered(kept, [])  # no prompt is left whose place the teacher's could take
+        return Rendered(kept, spans, cut_left(whole.teacher_prompt, limit - len(kept) + start, bos))
 
     def _check(self, key: str, counts: DataCounts, tally: "_Tally") -> None:
         if tally.too_long and self.config.too_long == "error":

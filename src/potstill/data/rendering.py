@@ -33,10 +33,21 @@ _FIXED_NOW = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Tokens, and the spans [start, end) of tokens that are targets."""
+    """Tokens, and the spans [start, end) of tokens that are targets; a teacher's prompt stands for all tokens before the only span."""
 
     tokens: list[int]
     spans: list[tuple[int, int]]
+    teacher_prompt: list[int] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of what the student reads and what the teacher reads."""
+        return len(self.tokens) + self.ahead
+
+    @property
+    def ahead(self) -> int:
+        """By how many tokens the teacher's prompt is longer than the student's; 0 where it is not."""
+        return 0 if self.teacher_prompt is None else max(0, len(self.teacher_prompt) - self.spans[-1][0])
 
 
 @dataclass(frozen=True, slots=True)

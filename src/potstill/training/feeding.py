@@ -24,6 +24,9 @@ class Rows:
             lengths.append(len(example.tokens))
             digest.update(numpy.asarray([example.index, lengths[-1], *example.tokens], dtype=numpy.int64).tobytes())
             digest.update(numpy.asarray(example.is_target, dtype=numpy.bool_).tobytes())
+            if example.teacher_prompt is not None:
+                prompt = [example.prompt_length, len(example.teacher_prompt), *example.teacher_prompt]
+                digest.update(numpy.asarray(prompt, dtype=numpy.int64).tobytes())
             if example.route:
                 digest.update(example.route.encode())
         self._bins = pack(lengths, max_tokens, seed) if max_tokens is not None else [[index] for index in range(len(lengths))]
@@ -50,7 +53,7 @@ class Rows:
         """A batch of these examples, one a row; of none, a batch of padding without a target."""
         if not examples:
             return self.batch(())
-        return collate([[example] for example in examples], pad_token=self._pad_token)
+        return collate([[example] for example in examples], pad_token=self._pad_token, widest=self._widest)
 
     def example_numbers(self, rows: Sequence[int]) -> list[int]:
         """`Example.index` of everything in these rows, in order: what the log of seen samples holds."""
