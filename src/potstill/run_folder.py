@@ -19,12 +19,12 @@ from potstill.lock import Lock
 from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
-REJECTED, NON_FINITE, REFUSED_ANSWERS = "rejected.jsonl", "non_finite.json", "refused_answers"
+REJECTED, NON_FINITE, REFUSED_ANSWERS, ROLLOUTS = "rejected.jsonl", "non_finite.json", "refused_answers", "rollouts.jsonl"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
 KNOWN = (
     SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", NON_FINITE, REJECTED, REFUSED_ANSWERS,
-    METRICS, SAMPLES, ENVIRONMENT, RECIPE,
+    METRICS, SAMPLES, ROLLOUTS, ENVIRONMENT, RECIPE,
 )  # fmt: skip
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")
@@ -211,6 +211,11 @@ class RunFolder:
         """One line of samples.jsonl: the examples, by their numbers in the data set, that optimizer step `step` trained on."""
         self._append(SAMPLES, {"step": step, "epoch": epoch, "examples": list(examples)})
 
+    def append_rollouts(self, step: int, texts: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of rollouts.jsonl: answers that were written for optimizer step `step`, as their author puts them."""
+        for text in texts:
+            self._append(ROLLOUTS, {"step": step, **{key: _finite(value) for key, value in text.items()}})
+
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if not self.writer:
             return
@@ -223,14 +228,14 @@ class RunFolder:
 
     def sync_logs(self) -> None:
         """Makes the logs durable. Call it before a checkpoint is committed, so that no step counts whose samples are unknown."""
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, ROLLOUTS):
             if self.writer and (self.path / name).exists():
                 storage.sync_file(self.path / name)
 
     def cut_back(self, step: int | None) -> int:
         """Drops log lines of steps after the committed `step` (None: all of them), and torn last lines. Returns the steps to redo."""
         redo = 0
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, ROLLOUTS):
             lines, torn = storage.read_lines(self.path / name)
             kept = [line for line in lines if step is not None and line["step"] <= step]
             redo = max([redo, *(line["step"] - (step or 0) for line in lines)])
@@ -274,6 +279,9 @@ class RunFolder:
 
     def read_samples(self) -> list[dict[str, Any]]:
         return storage.read_lines(self.path / SAMPLES)[0]
+
+    def read_rollouts(self) -> list[dict[str, Any]]:
+        return storage.read_lines(self.path / ROLLOUTS)[0]
 
     def read_summary(self) -> dict[str, Any]:
         """What `finish` stated; empty for a run that is not finished."""

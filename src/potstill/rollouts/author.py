@@ -29,6 +29,18 @@ class Group(Protocol):
         ...
 
 
+class Alone:
+    """A group of one process."""
+
+    rank, world_size = 0, 1
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers)
+
+    def gather(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return [numbers]
+
+
 class Author(Protocol):
     """Writes examples for row numbers of the training set. What it chooses is a function of (seed, step) and of what it has been told, and
     so the same on every rank and after a resume.
@@ -46,7 +58,8 @@ class Author(Protocol):
     def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
         """One example for each of this rank's rows, in their order; where nothing may be learned from one, it has no target.
 
-        Every rank calls it for the same streams in the same order, also where it has no rows.
+        Every rank calls it for the same streams in the same order, also where it has no rows. It is called within the forward of the
+        wrapped module, without gradients: there the root's parameters are whole under FSDP2, and autocast is what training has.
         """
         ...
 
@@ -64,6 +77,10 @@ class Author(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """Means since the last call, by their names in the log. Every rank calls it."""
+        ...
+
+    def texts(self) -> list[dict[str, Any]]:
+        """Some answers that the last step was taken on, as JSON values, for whoever reads the run folder."""
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,7 +4,7 @@ DDP and FSDP2 hook the forward of what they wrap, so everything that touches a p
 loss. It knows no teacher (it gets the answer), no optimizer and no denominator: it returns sums.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -16,10 +16,11 @@ from potstill.head import Head, LowRank
 from potstill.models.causal_lm import CausalLM
 from potstill.objectives.distribution import DistributionMatching
 from potstill.objectives.likelihood import Likelihood
+from potstill.objectives.policy import PolicyGradient
 from potstill.signals import TeacherSignal
 
 # What the distiller asks of an objective: `needs`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
-Objective = DistributionMatching | Likelihood
+Objective = DistributionMatching | Likelihood | PolicyGradient
 
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
@@ -51,8 +52,19 @@ class Distiller(nn.Module):
         """That of the data set."""
         return self.objective_of(DATASET)
 
-    def forward(self, batch: Batch, signal: TeacherSignal, stream: str = DATASET) -> tuple[Tensor, Tensor, Tensor]:
-        """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats."""
+    def forward(
+        self, batch: Batch | None, signal: TeacherSignal | None, stream: str = DATASET, write: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats.
+
+        With `write` there is no batch, and three zeros come back: it is called here, where the root's parameters are whole.
+        """
+        if write is not None:
+            write()
+            nothing = torch.zeros(())
+            return nothing, nothing, nothing
+        assert batch is not None
+        assert signal is not None
         rows = self.student.rows(batch)
         head = self.student.head()
         kind = rows.device.type

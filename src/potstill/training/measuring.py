@@ -3,10 +3,13 @@
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from potstill.training.processes import Ranks
 
 
 def peak_gib(device: torch.device) -> float:
@@ -23,6 +26,14 @@ class Parts:
 
     losses: list[float]
     tokens_per_second: float
+    streams: dict[str, tuple[float, int]]
+    """By stream: the sum of its mean losses, and the steps that had it."""
+
+    def by_stream(self, ranks: Ranks) -> dict[str, float]:
+        """The mean loss of each stream over the steps that had it, before its weight. Every rank calls it."""
+        totals = ranks.sum([total for total, _ in self.streams.values()])
+        steps = [steps * ranks.world_size for _, steps in self.streams.values()]
+        return {f"loss/{name}": total / count for name, total, count in zip(self.streams, totals, steps, strict=True)}
 
 
 @dataclass
@@ -33,15 +44,21 @@ class Measures:
     window_tokens: int = 0
     _step: list[Tensor] = field(default_factory=list)
     _line: list[Tensor] = field(default_factory=list)
+    _streams: dict[str, Tensor | float] = field(default_factory=dict)
+    _streams_of_line: dict[str, tuple[Tensor | float, int]] = field(default_factory=dict)
     _steps: int = 0
     _tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
 
-    def begin_window(self, targets: float, tokens: int) -> None:
+    def begin_window(self, targets: float, tokens: int, streams: Iterable[str] = ()) -> None:
+        """`streams` are those with a target on any rank: alike on all."""
         self.window_targets, self.window_tokens = targets, tokens
-        self._step = []
+        self._step, self._streams = [], dict.fromkeys(streams, 0.0)
 
-    def add(self, *losses: Tensor) -> None:
+    def add(self, *losses: Tensor, stream: str = "", weight: float = 1.0) -> None:
+        """Losses of a micro-batch, each divided by the count of the whole step; `weight` is what they were multiplied by."""
+        if stream in self._streams:
+            self._streams[stream] = self._streams[stream] + losses[0] / weight
         self._step = [a + b for a, b in zip(self._step, losses, strict=True)] if self._step else list(losses)
 
     @property
@@ -51,13 +68,16 @@ class Measures:
 
     def forget_step(self) -> None:
         """The step was not taken: its loss must not spoil the mean."""
-        self._step = []
+        self._step, self._streams = [], {}
 
     def end_step(self) -> None:
         if self._step:
             self._line = [a + b for a, b in zip(self._line, self._step, strict=True)] if self._line else list(self._step)
             self._steps += 1
-        self._step = []
+        for stream, total in self._streams.items():
+            former, steps = self._streams_of_line.get(stream, (0.0, 0))
+            self._streams_of_line[stream] = (former + total, steps + 1)
+        self._step, self._streams = [], {}
         self._tokens += self.window_tokens
 
     def pause(self, seconds: float) -> None:
@@ -67,6 +87,7 @@ class Measures:
     def take(self) -> Parts:
         seconds = max(time.monotonic() - self._since, 1e-9)
         losses = [float(value) / self._steps for value in self._line] if self._line else [float("nan")] * 3
-        parts = Parts(losses, self._tokens / seconds)
-        self._line, self._steps, self._tokens, self._since = [], 0, 0, time.monotonic()
+        streams = {stream: (float(total), steps) for stream, (total, steps) in sorted(self._streams_of_line.items())}
+        parts = Parts(losses, self._tokens / seconds, streams)
+        self._line, self._streams_of_line, self._steps, self._tokens, self._since = [], {}, 0, 0, time.monotonic()
         return parts

@@ -33,6 +33,9 @@ from potstill.training.saving import Saver
 from potstill.training.turns import Feed, Turn
 from potstill.training.validation import Validation
 
+# Seconds that ranks go on writing after a signal, to commit the step before; who sends one waits 30 or more before he kills.
+PATIENCE = 15.0
+
 
 def reshard(model: nn.Module) -> None:
     """FSDP2 leaves the root's parameters gathered after a forward without a backward; the optimizer knows only their shards."""
@@ -60,11 +63,12 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             heed(teacher, self.break_off_if_asked)
         if feed.author is not None:
-            feed.author.heed(self.break_off_if_asked)
+            feed.author.heed(self.break_off_writing_if_asked)
         self.window: Window = feed.order.window(self.progress.step)
         self.measures = Measures()
         self.grad_norm: float = math.nan
         self.begun = False
+        self.asked: float | None = None
         # The Trainer only asks these whether they are there and how long they are.
         super().__init__(distiller, args, train_dataset=feed.training, eval_dataset=feed.validation, callbacks=callbacks)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
@@ -116,16 +120,33 @@ class DistillationTrainer(Trainer):
             self.control.should_training_stop = True  # a resumed run can stand at its end, or have been stopped by its evaluation
             return [], None
         self.window = self.feed.order.window(self.state.global_step)
-        turns = self.feed.turns(self.window, self.ranks.rank, self.ranks.world_size)
+        turns = self.write()
         # Counted once everything is written: what an author writes has other lengths than what stood there before.
         names = sorted(self.distiller.objectives)
         counts = [float(sum(self.count(turn) for turn in turns if turn.stream == name)) for name in names]
         sizes = [float(sum(getattr(turn.batch, what) for turn in turns)) for what in ("num_targets", "num_tokens")]
         *counts, targets, tokens = self.ranks.sum([*counts, *sizes])
-        self.measures.begin_window(targets, int(tokens))
         of_stream = dict(zip(names, counts, strict=True))
+        self.measures.begin_window(targets, int(tokens), [name for name in names if of_stream[name]])
         samples = [{"turn": turn, "scale": turn.weight * self.ranks.world_size / max(of_stream[turn.stream], 1.0)} for turn in turns]
         return samples, sum(counts)
+
+    def write(self) -> list[Turn]:
+        """This rank's turns of the window. Text is written within the wrapped module's forward: under FSDP2 the root's parameters are
+        whole only there, and the precision is that of training."""
+        turns: list[Turn] = []
+
+        def write() -> None:
+            turns.extend(self.feed.turns(self.window, self.ranks.rank, self.ranks.world_size))
+
+        if self.feed.author is None:
+            write()
+        else:
+            assert self.model_wrapped is not None
+            with torch.no_grad():
+                self.model_wrapped(None, None, write=write)
+            reshard(self.distiller)
+        return turns
 
     def count(self, turn: Turn) -> int:
         return self.distiller.objective_of(turn.stream).count(turn.batch)
@@ -155,8 +176,17 @@ class DistillationTrainer(Trainer):
         if self.ranks.world_size == 1:
             self.stop_if_asked()
         elif self.watch.received:
-            raise InterruptedRun("interrupted while an answer of the teacher was waited for; the same command goes on from the last "
-                                 "checkpoint", self.watch.received)  # fmt: skip
+            raise InterruptedRun("interrupted while an answer of the teacher or text was waited for; the same command goes on from the "
+                                 "last checkpoint", self.watch.received)  # fmt: skip
+
+    def break_off_writing_if_asked(self) -> None:
+        """On a signal while text is written. Several ranks go on to the end of it, where they agree and commit, unless it takes long."""
+        if self.ranks.world_size == 1:
+            self.stop_if_asked()
+        elif self.watch.received:
+            self.asked = self.asked or time.monotonic()
+            if time.monotonic() - self.asked > PATIENCE:
+                self.break_off_if_asked()
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """total / count of the window. DDP and FSDP2 average gradients over ranks, where the sum is meant: hence the world size."""
@@ -164,7 +194,8 @@ class DistillationTrainer(Trainer):
         batch, scale = turn.batch.to(self.args.device), inputs["scale"]
         signal = self.answer(batch, self.distiller.objective_of(turn.stream).needs)
         total, cross_entropy, divergence = model(batch, signal, turn.stream)
-        self.measures.add(total.detach() * scale, cross_entropy * scale, divergence * scale)
+        losses = total.detach() * scale, cross_entropy * scale, divergence * scale
+        self.measures.add(*losses, stream=turn.stream, weight=turn.weight)
         return total * scale
 
     # ------------------------------------------------------------ before and after an optimizer step
@@ -280,7 +311,8 @@ class DistillationTrainer(Trainer):
             logs |= {"tokens_per_second": parts.tokens_per_second, "target_tokens": float(self.progress.targets)}
             logs["peak_gib"] = self.ranks.largest([peak_gib(self.args.device)])[0]
             if self.feed.author is not None:
-                logs |= self.feed.author.metrics()
+                logs |= parts.by_stream(self.ranks) | dict(self.feed.author.metrics())
+                self.folder.append_rollouts(self.state.global_step, self.feed.author.texts())
             if self.progress.non_finite_steps:
                 logs["non_finite_steps"] = float(self.progress.non_finite_steps)
         super().log(logs)
