@@ -46,7 +46,7 @@ def export_student(
     """
     model, inner = causal_lm.model, causal_lm.inner
     dtype = dtype or inner.dtype
-    adapter = _adapter_weights(model) if isinstance(model, PeftModel) else None
+    adapter = adapter_weights(model) if isinstance(model, PeftModel) else None
     plain = merged_weights(inner, dtype, keep=writes) if merge or adapter is None else None
     sharded = any(isinstance(parameter, DTensor) for parameter in causal_lm.parameters())
     expected = None if sharded else probe_logits(causal_lm).cpu()
@@ -56,16 +56,16 @@ def export_student(
     committed = []
     if adapter is not None:
         assert isinstance(model, PeftModel)
-        commit_folder(folder / ADAPTER, lambda at: _write_adapter(model, inner, adapter, at), replace=True)
+        commit_folder(folder / ADAPTER, lambda at: write_adapter(model, inner, adapter, at), replace=True)
         committed.append(folder / ADAPTER)
 
     def write_student(at: Path) -> None:
         if plain is not None:
-            _write_plain(inner, plain, _generation_config(inner, tokenizer), at)
+            write_plain(inner, plain, _generation_config(inner, tokenizer), at)
         else:
             assert isinstance(model, PeftModel)
             assert adapter is not None
-            _write_adapter(model, inner, adapter, at)
+            write_adapter(model, inner, adapter, at)
             _generation_config(inner, tokenizer).save_pretrained(at)
         tokenizer.save_pretrained(at)
         _require_equal(causal_lm, expected, dtype, at)
@@ -76,12 +76,14 @@ def export_student(
     return [*committed, folder / STUDENT]
 
 
-def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's own weights, whole and on the CPU; where they are sharded every rank must call this."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: whole(tensor).detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
-def _write_adapter(model: PeftModel, inner: PreTrainedModel, weights: dict[str, Tensor], at: Path) -> None:
+def write_adapter(model: PeftModel, inner: PreTrainedModel, weights: dict[str, Tensor], at: Path) -> None:
+    """peft's two files in the folder `at`."""
     configuration = copy.copy(model.active_peft_config)
     configuration.inference_mode = True
     configuration.base_model_name_or_path = inner.config.name_or_path
@@ -89,7 +91,8 @@ def _write_adapter(model: PeftModel, inner: PreTrainedModel, weights: dict[str, 
     write_tensors(at / "adapter_model.safetensors", weights, {"format": "pt"})
 
 
-def _write_plain(inner: PreTrainedModel, weights: dict[str, Tensor], generation: GenerationConfig, at: Path) -> None:
+def write_plain(inner: PreTrainedModel, weights: dict[str, Tensor], generation: GenerationConfig, at: Path) -> None:
+    """A model that `from_pretrained` reads, without a tokenizer, from what `merged_weights` gave."""
     config = copy.deepcopy(inner.config)
     if quantisation_of(config) is not None:
         del config.quantization_config  # type: ignore[attr-defined]

@@ -39,6 +39,27 @@ def merged_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool = True
         return found
 
 
+def checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter under the name that a checkpoint gives it, on its device and in its dtype; what is plain already is not copied.
+
+    A weight of two layers stands once. Where the parameters are sharded every rank must call this.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    refuse_unmergeable(model)
+    with torch.no_grad():
+        buffers = {name for name, _ in model.named_buffers()}
+        # The floating type of what is merged is that of the model: `_adapted` adds its deltas in float32.
+        found = {
+            name: tensor.to(model.dtype) if tensor.is_floating_point() and tensor.dtype != part.dtype else tensor
+            for name, part in _weights(model, "") if name not in buffers for tensor in [whole(part).detach()]
+        }  # fmt: skip
+        for copy_name, name in (model.all_tied_weights_keys or {}).items():
+            if copy_name in found and name in found and found[copy_name].data_ptr() == found[name].data_ptr():
+                del found[copy_name]
+        return revert_weight_conversion(model, found)
+
+
 def refuse_unmergeable(model: PreTrainedModel) -> None:
     """Raises ModelError where the model's quantisation cannot be undone, or its adapters are not plain LoRA: ask before training."""
     method = quantisation_of(model.config)

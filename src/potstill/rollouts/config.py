@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from potstill.config import Config
+from potstill.serving.service import refuse_address
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -55,12 +56,19 @@ class VllmGeneratorConfig(Config):
     """Optimizer steps between two updates of its weights: the text is at most so many steps old."""
     api_key_env: str | None = None
     """The environment variable that holds the key. The key itself never stands in a recipe."""
+    api_key_file: str | None = None
+    """A file that holds the key."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     """Requests under way at once, at most."""
     request_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long one request may take."""
     max_outage_seconds: Annotated[float, Field(ge=0)] = 600.0
     """How long the server may be away or refuse before the run stops, with everything committed."""
+
+    @model_validator(mode="after")
+    def _key_and_address(self):
+        refuse_address(self.url, self.api_key_env, self.api_key_file)
+        return self
 
 
 def _kind(generator: Any) -> str | None:

@@ -79,6 +79,8 @@ class Pool:
         self._gate = Gate(service.concurrency)
         self._down_since: float | None = None
         self._answered = 0
+        self.failures = 0
+        """Requests so far that were not answered: a server may have been started again meanwhile."""
 
     async def ask(self, attempt: Callable[[float], Awaitable[T]]) -> T:
         """What `attempt(seconds)` returns at last. Raises OutageError, and the service's refusal for what no patience mends."""
@@ -135,6 +137,7 @@ class Pool:
     def _failed(self, began: float, error: Unanswered) -> None:
         """Notes a failure of a request that began then. Raises OutageError where waiting is no use any more."""
         limit = self._service.max_outage_seconds
+        self.failures += 1
         if self._down_since is None:
             _log.warning(f"{self._name} does not answer ({error}); asking again for at most {limit:g} s")
             self._down_since = began

@@ -32,6 +32,16 @@ class Service:
     """What to look at where no answer to a request can be believed."""
 
 
+def refuse_address(url: str, api_key_env: str | None, api_key_file: str | None) -> None:
+    """Raises ValueError, for a recipe's section, where the address is none or would show a secret, or where the key has two places."""
+    if api_key_env is not None and api_key_file is not None:
+        raise ValueError("api_key_file: the key comes from one place: leave out one of api_key_env and api_key_file")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url: an address of a server begins with http:// or https://; found {url.split('@')[-1]!r}")
+    if "@" in url.split("//", 1)[1].split("/", 1)[0] or "?" in url or "#" in url:
+        raise ValueError("url: a name or a key in the address would stand in logs; use api_key_env or api_key_file")
+
+
 class Secret:
     """A key that shows itself to nobody who does not ask for it."""
 

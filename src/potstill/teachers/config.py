@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from potstill.config import Config
 from potstill.models.config import LoadingConfig
+from potstill.serving.service import refuse_address
 
 
 class LocalTeacherConfig(LoadingConfig):
@@ -63,12 +64,7 @@ class ServerTeacherConfig(Config):
 
     @model_validator(mode="after")
     def _key_and_address(self):
-        if self.api_key_env is not None and self.api_key_file is not None:
-            raise ValueError("api_key_file: the key comes from one place: leave out one of api_key_env and api_key_file")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url: an address of a server begins with http:// or https://; found {self.url.split('@')[-1]!r}")
-        if "@" in self.url.split("//", 1)[1].split("/", 1)[0] or "?" in self.url or "#" in self.url:
-            raise ValueError("url: a name or a key in the address would stand in logs; use api_key_env or api_key_file")
+        refuse_address(self.url, self.api_key_env, self.api_key_file)
         return self
 
 
