@@ -76,6 +76,15 @@ def test_a_mean_over_responses_is_a_mean_of_means():
     assert not torch.isclose(loss.total / count, by_row.mean())
 
 
+def test_a_mean_over_sums_of_responses():
+    loss, count = total_of(kd_ratio=1.0, reduction="seq_sum")
+    _, _, _, student, teacher = setting()
+    by_row = DIVERGENCES["forward_kl"](student, teacher)
+    sums = [by_row[response == RESPONSES].sum() for response in RESPONSES.unique()]
+    assert count == len(sums) == BATCH.num_responses
+    torch.testing.assert_close(loss.total / count, torch.stack(sums).mean())
+
+
 def test_a_total_is_a_sum_so_any_split_of_the_rows_adds_up():
     rows, head, signal, _, _ = setting()
     plan = make_plan(
@@ -211,6 +220,7 @@ def test_every_choice_of_the_catalogue_runs_or_is_refused_when_it_is_made():
         ({"support": "top_k_renormalised", "temperature": 2.0, "token_weight": "position"}, Needs("top_k", None, 2.0)),
         ({"support": "samples", "parameters": {"num_samples": 9}}, Needs("sampled", None, 1.0)),
         ({"support": "projected", "temperature": 1.5}, Needs("projected", None, 1.5)),
+        ({"support": "student_top_k_tail", "temperature": 1.5, "parameters": {"top_k": 9}}, Needs("full")),
     ],
 )
 def test_it_asks_for_what_was_said_and_for_the_temperature_that_a_record_must_have(choices, needs):
@@ -269,7 +279,7 @@ def test_a_missing_answer_and_a_wrong_reduction_are_refused():
     rows, head, _, _, _ = setting()
     with pytest.raises(IncompatibleError, match="needs the teacher's full outcomes"):
         DistributionMatching().total(rows, head, TeacherSignal(), BATCH)
-    with pytest.raises(ConfigError, match="token_mean, seq_mean"):
+    with pytest.raises(ConfigError, match="token_mean, seq_mean, seq_sum"):
         DistributionMatching(reduction="mean")
 
 

@@ -9,7 +9,7 @@ from potstill.errors import ConfigError, IncompatibleError
 from potstill.head import Head
 from potstill.objectives.catalogue import check_choice
 from potstill.objectives.fused import fused_loss
-from potstill.signals import FullOutcomes, SampledOutcomes, TopKOutcomes
+from potstill.signals import FullOutcomes, MixtureOutcomes, SampledOutcomes, TopKOutcomes
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 Q = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
@@ -59,6 +59,48 @@ def test_all_tokens_but_one_kept_is_the_whole_vocabulary(divergence):
     dense = loss_of(Q.log(), FullOutcomes(P.log()[None], Head(IDENTITY)), "full", divergence)
     assert sparse[0] == pytest.approx(dense[0], abs=1e-12)
     torch.testing.assert_close(sparse[1], dense[1])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "skew_reverse_kl"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_the_students_most_likely_tokens_are_those_that_the_teacher_is_asked_for(divergence, temperature):
+    """By hand: a record of the teacher at the student's three best ids, and the mass outside them."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 9, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    log_probs, ids = (teacher / temperature).log_softmax(-1), student.topk(3).indices
+    kept = log_probs.gather(-1, ids)
+    of_teacher = TopKOutcomes(ids, kept, torch.log1p(-kept.exp().sum(-1)), temperature=temperature)
+    wanted = loss_of(student, of_teacher, "top_k_tail", divergence, temperature=temperature)
+    live = FullOutcomes(teacher, Head(torch.eye(9, dtype=torch.float64)))
+    for outcomes in (live, MixtureOutcomes((live, live), (0.5, 0.5))):
+        found = loss_of(student, outcomes, "student_top_k_tail", divergence, temperature=temperature, parameters={"top_k": 3})
+        assert found[0] == pytest.approx(wanted[0], abs=1e-12)
+        torch.testing.assert_close(found[1], wanted[1])
+    assert not torch.equal(ids.sort().values, teacher.topk(3).indices.sort().values)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("size", [4, 3, 64])
+def test_all_of_the_students_tokens_are_the_whole_vocabulary(divergence, size):
+    outcomes = FullOutcomes(P.log()[None], Head(IDENTITY))
+    sparse = loss_of(Q.log(), outcomes, "student_top_k_tail", divergence, parameters={"top_k": size})
+    dense = loss_of(Q.log(), outcomes, "full", divergence)
+    assert sparse[0] == pytest.approx(dense[0], abs=1e-12)
+    torch.testing.assert_close(sparse[1], dense[1])
+
+
+def test_fewer_tokens_of_the_student_see_less_of_reverse_kl_and_their_gradient_is_that_of_the_value():
+    outcomes = FullOutcomes(P.log()[None], Head(IDENTITY))
+    dense, _ = loss_of(Q.log(), outcomes, "full", "reverse_kl")
+    values = [loss_of(Q.log(), outcomes, "student_top_k_tail", "reverse_kl", parameters={"top_k": k})[0] for k in (1, 2, 3)]
+    assert 0 < values[0] < values[1] < values[2] == pytest.approx(dense)
+    _, gradient = loss_of(Q.log(), outcomes, "student_top_k_tail", "reverse_kl", parameters={"top_k": 2})
+    for place in range(4):
+        move = 1e-6 * torch.eye(4, dtype=torch.float64)[place]
+        up, down = (
+            loss_of(Q.log() + sign * move, outcomes, "student_top_k_tail", "reverse_kl", parameters={"top_k": 2})[0] for sign in (1, -1)
+        )
+        assert gradient[place].item() == pytest.approx((up - down) / 2e-6, abs=1e-8)
 
 
 def test_one_kept_token_renormalised_is_refused_and_with_its_tail_it_learns():
@@ -160,6 +202,8 @@ def test_samples_of_a_live_teacher_are_those_of_its_distribution():
 def test_what_a_support_cannot_do_is_refused_and_says_what_can():
     with pytest.raises(IncompatibleError, match=r"the teacher answered TopKOutcomes; say objective.support: top_k_tail"):
         loss_of(Q.log(), record(), "full")
+    with pytest.raises(IncompatibleError, match=r"'student_top_k_tail' takes FullOutcomes or MixtureOutcomes; the teacher answered TopK"):
+        loss_of(Q.log(), record(), "student_top_k_tail")
     with pytest.raises(IncompatibleError, match="top_k_renormalised"):
         loss_of(Q.log(), record(), "top_k_tail", temperature=2.0)
     with pytest.raises(IncompatibleError, match=r"names tokens 0\.\.9"):
