@@ -32,15 +32,17 @@ def load_function(spec: str, *, key: str, arguments: tuple[str, ...]) -> NamedFu
     Raises ConfigError naming `key`: no such file, module or function, one that cannot be called so, or a module that fails as it loads.
     """
     place, _, name = spec.rpartition(":")
-    if not place or not name:
+    is_file = place.endswith(".py") or "/" in place
+    if not name or not (is_file or all(part.isidentifier() for part in place.split("."))):
         raise ConfigError(f"{key}: {spec!r} names no function; write FILE.py:NAME or MODULE:NAME")
-    module = _from_file(place, spec, key) if place.endswith(".py") or "/" in place else _from_module(place, spec, key)
+    module = _from_file(place, spec, key) if is_file else _from_module(place, spec, key)
     function = getattr(module, name, None)
     if function is None:
-        known = sorted(other for other, value in vars(module).items() if inspect.isfunction(value) and not other.startswith("_"))
-        raise ConfigError(f"{key}: {place} has no {name}; its functions are {', '.join(known) or 'none'}")
+        own = [(other, value) for other, value in vars(module).items() if inspect.isfunction(value) and not other.startswith("_")]
+        known = sorted(other for other, value in own if value.__module__ == module.__name__)
+        raise ConfigError(f"{key}: {spec}: there is no {name} in it; its functions are {', '.join(known) or 'none'}")
     if not callable(function):
-        raise ConfigError(f"{key}: {spec} is a {type(function).__name__}, not a function")
+        raise ConfigError(f"{key}: {spec} is {function!r:.40}, which is no function")
     _refuse_other_arguments(function, spec, key, arguments)
     source = Path(module.__file__ or "")
     content = source.read_bytes() if source.is_file() else b""

@@ -40,22 +40,25 @@ class PairAuthor:
         return self._both.write(stream, rows, step)
 
     def begin(self, step: int) -> None:
-        self._both.refresh(step)
+        """Nothing: what is written next asks for the weights of its step."""
 
     def step_done(self, step: int) -> None:
-        self._both.refresh(step)
+        self._both.step_done()
 
     def validated(self, loss: float) -> None:
-        """The weights do not hang on it."""
+        """Nothing: the weights follow the step, not the loss."""
 
     def metrics(self) -> Mapping[str, float]:
         return self._both.metrics()
 
+    def texts(self) -> list[dict[str, Any]]:
+        return self._both.texts()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self._both.state()
+        return {}, self._both.state()
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self._both.restore(tensors, numbers)
+        self._both.restore(numbers)
 
     def heed(self, check: Callable[[], None]) -> None:
         self._both.heed(check)

@@ -32,9 +32,9 @@ class ReplayAuthor:
         self._both, self._group, self._seed = Both(student_writer, other_writer), group, seed
         self.schedule = Schedule(config, seed=seed, num_steps=num_steps)
         self.buffer = ReplayBuffer(config.capacity)
-        self._fresh: list[Record] = []
-        self._steps: Counter[Branch] = Counter()
-        self._ages: list[int] = []
+        self._fresh: list[Record] = []  # of the step in progress, as is what follows
+        self._drawn: dict[str, int] = {}
+        self._line: Counter[str] = Counter()  # since the last line of the log: steps by branch, replayed answers and their ages
 
     @property
     def most_streams(self) -> int:
@@ -48,7 +48,7 @@ class ReplayAuthor:
         return [(self._both.others if self.branch(step) == "others" else "student", 1.0)]
 
     def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
-        self._fresh = []
+        self._fresh, self._drawn = [], {}
         if stream != "student":
             return self._both.write(stream, rows, step)
         if self.branch(step) == "replayed":
@@ -62,17 +62,17 @@ class ReplayAuthor:
         """One of the buffer for each row of the step; which one hangs on the rows of all ranks, not on how they are shared."""
         every = np.sort(np.concatenate(self._group.gather(np.array(rows, dtype=np.int64))))
         drawn = self.buffer.draw(len(every), seed=self._seed, step=step)
-        self._ages += [step - record.step for record in drawn]
+        self._drawn = {"answers": len(drawn), "ages": sum(step - record.step for record in drawn)}
         return [drawn[int(place)].example() for place in np.searchsorted(every, np.array(rows, dtype=np.int64))]
 
     def begin(self, step: int) -> None:
-        self._both.refresh(step)
+        """Nothing: what is written next asks for the weights of its step."""
 
     def step_done(self, step: int) -> None:
-        self._steps[self.branch(step - 1)] += 1
+        self._line.update({self.branch(step - 1): 1, **self._drawn})
         self.buffer.push(self._fresh)
-        self._fresh = []
-        self._both.refresh(step)
+        self._fresh, self._drawn = [], {}
+        self._both.step_done()
 
     def validated(self, loss: float) -> None:
         self.schedule.validated(loss)
@@ -81,22 +81,27 @@ class ReplayAuthor:
         """The writers', and: the threshold, how full the buffer is, the shares of fresh and replayed steps, and how many steps ago
         what was replayed had been written."""
         found = {"rollouts/threshold": self.schedule.threshold, "rollouts/buffer": float(len(self.buffer))}
-        if steps := self._steps.total():
-            found |= {f"rollouts/{branch}": self._steps[branch] / steps for branch in ("fresh", "replayed")}
-        if self._ages:
-            found["rollouts/age"] = sum(self._ages) / len(self._ages)
-        self._steps, self._ages = Counter(), []
+        line, self._line = self._line, Counter()
+        if steps := line["fresh"] + line["replayed"] + line["others"]:
+            found |= {f"rollouts/{branch}": line[branch] / steps for branch in ("fresh", "replayed")}
+        if line["answers"]:
+            found["rollouts/age"] = line["ages"] / line["answers"]
         return {**self._both.metrics(), **found}
 
+    def texts(self) -> list[dict[str, Any]]:
+        """Of fresh text alone: the rest was shown when it was written."""
+        return self._both.texts()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, writers = self._both.state()
-        return {**tensors, **self.buffer.tensors()}, {"writers": writers, "schedule": self.schedule.state()}
+        numbers = {"writers": self._both.state(), "schedule": self.schedule.state(), "line": dict(self._line)}
+        return self.buffer.tensors(), numbers
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self._fresh = []
-        self._both.restore(tensors, numbers.get("writers", {}))
-        self.buffer.restore({name: tensors[name] for name in ("integers", "floats") if name in tensors})
+        self._fresh, self._drawn = [], {}
+        self._both.restore(numbers.get("writers", {}))
+        self.buffer.restore(tensors)
         self.schedule.restore(numbers.get("schedule", {}))
+        self._line = Counter(numbers.get("line", {}))
 
     def heed(self, check: Callable[[], None]) -> None:
         self._both.heed(check)
