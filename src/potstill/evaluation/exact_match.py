@@ -1,20 +1,16 @@
-"""Lets a model answer prompts greedily, in batches with a cache, and has a program check each answer.
-
-The loop is our own because `generate` of transformers takes unset options from the model's generation configuration: a
-repetition penalty that ships with a model would change a greedy answer. Knows nothing of tasks: the caller brings the checker.
-"""
+"""Lets a model answer prompts greedily and has a program check each answer. Knows nothing of tasks: the caller brings the checker."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import DataError
 from potstill.evaluation.statistics import Estimate, proportion_of
 from potstill.models.causal_lm import CausalLM
+from potstill.rollouts.local import LocalGenerator
+from potstill.rollouts.writing import Prompt, Sampling
 
 
 @dataclass(frozen=True)
@@ -81,76 +77,27 @@ def stop_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozense
     return frozenset(found)
 
 
-@torch.no_grad()
 def generate_greedily(
     model: CausalLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_tokens: frozenset[int],
     batch_size: int = 32, on_answers: Callable[[int], None] | None = None,
 ) -> list[tuple[list[int], bool]]:  # fmt: skip
     """For each prompt the greedy continuation without its stop token, and whether it stopped by itself.
 
-    Prompts of like length share a batch, padded on the left; a sequence that has stopped leaves the batch and its cache. Padded
-    vocabulary rows are never chosen.
+    Prompts of like length share a batch. Padded vocabulary rows are never chosen.
     """
     empty = [position for position, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise DataError(f"prompt {empty[0]} is empty; a model needs at least one token to continue")
-    was_training = model.training
-    model.eval()
+    generator = LocalGenerator(model, stop_ids=sorted(stop_tokens), pad_token=0)
+    greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
     written: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
     # Longest first: what is going to fail for want of memory fails at once.
     order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
-    try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            answers = _generate_batch(model, [prompts[position] for position in chosen], max_new_tokens, stop_tokens)
-            for position, answer in zip(chosen, answers, strict=True):
-                written[position] = answer
-            if on_answers is not None:
-                on_answers(len(chosen))
-    finally:
-        model.train(was_training)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        completions = generator.generate([Prompt(tuple(prompts[position]), seed=0) for position in chosen], greedy)
+        for position, completion in zip(chosen, completions, strict=True):
+            written[position] = (list(completion.tokens[: len(completion.tokens) - completion.ended]), completion.ended)
+        if on_answers is not None:
+            on_answers(len(chosen))
     return written
-
-
-def _generate_batch(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_tokens: frozenset[int]
-) -> list[tuple[list[int], bool]]:
-    tokens, mask = _pad_left(prompts, model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    stops = torch.tensor(sorted(stop_tokens), device=tokens.device)
-    cache = DynamicCache(config=model.inner.config)
-    answers: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    alive = torch.arange(len(prompts), device=tokens.device)
-    for _ in range(max_new_tokens):
-        output = model.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        following = output.logits[:, -1, : model.vocabulary_size].argmax(dim=-1)
-        is_stop = torch.isin(following, stops)
-        for row, token, stop in zip(alive.tolist(), following.tolist(), is_stop.tolist(), strict=True):
-            if stop:
-                stopped[row] = True
-            else:
-                answers[row].append(token)
-        keep = (~is_stop).nonzero().squeeze(1)
-        if keep.numel() == 0:
-            break
-        if keep.numel() < alive.numel():
-            alive, following, mask, positions = alive[keep], following[keep], mask[keep], positions[keep]
-            cache.batch_select_indices(keep)
-        tokens = following[:, None]
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return list(zip(answers, stopped, strict=True))
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and mask [B, T]; the padding token's value does not matter, because the mask hides it."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, width - len(prompt) :] = 1
-    return tokens.to(device), mask.to(device)
