@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from potstill.data.examples import ExampleSetBuilder
-from potstill.recipes import assemble
+from potstill.recipes import assemble, objectives
 from potstill.recipes.schema import Recipe
 
 ON_CPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="about processors")
@@ -44,12 +44,12 @@ def _preparation(count: int, length: int) -> Any:
     ],
 )
 def test_long_runs_compile_whether_they_count_steps_or_epochs(recipe, expected, monkeypatch):
-    monkeypatch.setattr(assemble, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(objectives, "which", lambda name: f"/usr/bin/{name}")
     steps = assemble._about_steps(recipe, _preparation(40, 25))
-    assert assemble.make_objective(recipe, 9, num_steps=steps).execution.compile == expected
+    assert objectives.make_objective(recipe, 9, num_steps=steps).execution.compile == expected
 
 
 @ON_CPU
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(assemble, "which", lambda name: None)
-    assert assemble.make_objective(_recipe(steps=9000), 9, num_steps=9000).execution.compile == "off"
+    monkeypatch.setattr(objectives, "which", lambda name: None)
+    assert objectives.make_objective(_recipe(steps=9000), 9, num_steps=9000).execution.compile == "off"

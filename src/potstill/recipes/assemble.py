@@ -4,12 +4,11 @@ Whatever can be refused without weights is refused before the run folder is made
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from shutil import which
 from tempfile import TemporaryDirectory
 from typing import Literal, TypeVar
 
@@ -24,24 +23,35 @@ from potstill.models.footprint import count_parameters
 from potstill.models.loading import load_model
 from potstill.models.merging import refuse_unmergeable
 from potstill.models.tokenizers import refuse_different
-from potstill.objectives.distribution import DistributionMatching
-from potstill.objectives.execution import Execution
-from potstill.objectives.likelihood import Likelihood
+from potstill.recipes.authors import make_author
+from potstill.recipes.objectives import make_objectives
 from potstill.recipes.preparation import Preparation, prepare_data, read_models, refuse_too_short, teacher_name
 from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, refuse_other_head, settle
 from potstill.recipes.schema import Recipe
-from potstill.recipes.teachers import fingerprints_of, make_teacher, own_device, prove
+from potstill.recipes.teachers import fingerprints_of, make_self_teacher, make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
+from potstill.recipes.writing import prepare_writing
+from potstill.rollouts.author import Author
 from potstill.run_folder import ENVIRONMENT, RECIPE, REFUSED_ANSWERS, REJECTED, RunFolder
+from potstill.teachers.config import SelfTeacherConfig, ServerTeacherConfig
+from potstill.teachers.self_teacher import SelfTeacher
 from potstill.teachers.teacher import Teacher, require, require_answers
-from potstill.training.distiller import Distiller
+from potstill.training.beside import make_beside
+from potstill.training.distiller import Distiller, Objective
 from potstill.training.processes import Ranks, launched_ranks, stay_on_this_machine
 from potstill.training.trainer import TrainingSummary, train
 
 T = TypeVar("T")
 Command = Literal["distill", "finetune"]
-# Compiling on a processor costs about half a minute; shorter runs do not earn it back.
-_STEPS_WORTH_COMPILING = 1000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, beside its data."""
+
+    distiller: Distiller
+    teacher: Teacher | None
+    author: Author | None = None
 
 
 def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resume: Sequence[str] = (), quiet: bool = False) -> Path:
@@ -72,25 +82,43 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
             say(f"{in_words(rejected.count(chr(10)), 'bad row')} left out; {folder.write_text(REJECTED, rejected)} says which and why")
         is_new = folder.status == "new"
         try:
-            distiller, teacher = _on_every(ranks, lambda: load_parts(recipe, preparation))
+            parts = _on_every(ranks, lambda: load_parts(recipe, preparation, ranks))
         except BaseException:
             if is_new and folder.writer:
                 _forget(folder)
             raise
         if first:
-            _say_start(recipe, preparation, distiller, folder)
-        data, config = preparation.data, recipe.training
-        with closing(teacher) if teacher is not None else nullcontext():
-            summary = train(
-                distiller, teacher, data.train, data.validation, config, folder, seed=recipe.run.seed, pad_token=preparation.pad_token,
-                packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
-                trackers=recipe.run.trackers if first else (), quiet=quiet,
-                fingerprints=fingerprints_of(recipe, teacher) if teacher is not None else None,
-            )  # fmt: skip
-        finish(recipe, command, preparation, distiller, folder, summary)
+            _say_start(recipe, preparation, parts.distiller, folder)
+        summary = _train(recipe, preparation, parts, folder, trackers=recipe.run.trackers if first else (), quiet=quiet)
+        finish(recipe, command, preparation, parts.distiller, folder, summary)
         if first:
             _say_finished(folder)
     return folder.path
+
+
+def _train(
+    recipe: Recipe, preparation: Preparation, parts: Parts, folder: RunFolder, *, trackers: Sequence[str], quiet: bool
+) -> TrainingSummary:
+    data, teacher, author = preparation.data, parts.teacher, parts.author
+    beside = None
+    if preparation.texts is not None:
+        assert recipe.rollouts is not None
+        assert recipe.rollouts.text is not None
+        beside = make_beside(
+            preparation.texts, recipe.rollouts.text, recipe.training, seed=recipe.run.seed, pad_token=preparation.pad_token
+        )
+    fingerprints = fingerprints_of(recipe, teacher) if teacher is not None else {}
+    if beside is not None:
+        fingerprints |= {"text beside": beside.rows.fingerprint}
+    if preparation.writing is not None and preparation.writing.reward is not None:
+        fingerprints |= {"reward function": preparation.writing.reward.fingerprint}
+    kept = {"teacher": teacher} if isinstance(teacher, SelfTeacher) and teacher.weights == "average" else None
+    with closing(teacher) if teacher is not None else nullcontext(), closing(author) if author is not None else nullcontext():
+        return train(
+            parts.distiller, teacher, data.train, data.validation, recipe.training, folder, seed=recipe.run.seed,
+            pad_token=preparation.pad_token, packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
+            trackers=trackers, quiet=quiet, fingerprints=fingerprints, author=author, kept=kept, beside=beside,
+        )  # fmt: skip
 
 
 def join_ranks() -> Ranks:
@@ -133,29 +161,8 @@ def prepare_run(recipe: Recipe, readers: Readers, *, quiet: bool, rejects_file: 
     refuse_different(comparison, recipe.student.path, teacher_name(recipe))
     refuse_too_short(recipe, {"student": student, **teachers})
     data, ids = prepare_data(recipe, student, quiet=quiet, rejects_file=rejects_file)
-    preparation = Preparation(student, teachers, comparison, data, ids)
+    preparation = prepare_writing(recipe, Preparation(student, teachers, comparison, data, ids), quiet=quiet)
     return replace(preparation, cached=refuse_foreign_caches(recipe, readers, preparation))
-
-
-def make_objective(recipe: Recipe, vocabulary_size: int, *, num_steps: int = 0) -> DistributionMatching | Likelihood:
-    """The objective that the recipe names, cropped to the tokens that both sides know."""
-    objective, (kd_weight, sft_weight) = recipe.objective, recipe.objective.weights
-    execution = Execution(compile=_compiles(recipe.training.compile, num_steps))
-    if not objective.asks_teacher:
-        return Likelihood(reduction=objective.reduction, vocabulary_size=vocabulary_size, execution=execution, sft_weight=sft_weight)
-    return DistributionMatching(
-        divergence=objective.divergence, parameters=objective.given_parameters, kd_weight=kd_weight, sft_weight=sft_weight,
-        temperature=objective.temperature, scale_by_temperature_squared=objective.scale_by_temperature_squared,
-        support=objective.support, token_weight=objective.token_weight, reduction=objective.reduction,
-        vocabulary_size=vocabulary_size, execution=execution,
-    )  # fmt: skip
-
-
-def _compiles(choice: Literal["auto", "on", "off"], num_steps: int) -> Literal["auto", "on", "off"]:
-    """On a processor "auto" compiles long runs where there is a C++ compiler to do it with."""
-    if choice != "auto" or torch.accelerator.is_available():
-        return choice
-    return "on" if num_steps >= _STEPS_WORTH_COMPILING and (which("c++") or which("g++")) else "off"
 
 
 def _about_steps(recipe: Recipe, preparation: Preparation) -> int:
@@ -164,24 +171,45 @@ def _about_steps(recipe: Recipe, preparation: Preparation) -> int:
     return recipe.training.num_steps(ceil(rows / recipe.training.global_batch))
 
 
-def load_parts(recipe: Recipe, preparation: Preparation) -> tuple[Distiller, Teacher | None]:
-    """The student in its distiller, and the teacher; what is assumed of both is proven on them. Raises ModelError, IncompatibleError."""
+def load_parts(recipe: Recipe, preparation: Preparation, ranks: Ranks) -> Parts:
+    """The student in its distiller, the teacher and the author; what is assumed of them is proven on them. Raises PotstillError."""
     size, precision, device = preparation.comparison.vocabulary_size, recipe.training.precision, own_device()
-    objective = make_objective(recipe, size, num_steps=_about_steps(recipe, preparation))
-    teacher = None
+    steps = _about_steps(recipe, preparation)
+    objectives = make_objectives(recipe, size, num_steps=steps)
+    itself = isinstance(recipe.teacher, SelfTeacherConfig)
     with ExitStack() as opened:
-        if recipe.teacher is not None and recipe.objective.asks_teacher:
+        teacher = None
+        if _loads_teacher(recipe):
             teacher = make_teacher(recipe, preparation, refused_answers=Path(recipe.run.folder) / REFUSED_ANSWERS)
             opened.callback(teacher.close)
-            require(teacher, objective.needs, f"objective.divergence {recipe.objective.divergence}")
-            require_answers(teacher, preparation.data.train, preparation.data.validation)
+            _prove_teacher(recipe, preparation, teacher, objectives)
         student = CausalLM(load_model(recipe.student, precision=precision, trainable=True, device=device, seed=recipe.run.seed), size)
         if recipe.run.merge_adapter:
             refuse_unmergeable(student.inner)
         prove(student, packed=recipe.data.packing)
         refuse_other_head(preparation.cached, student.head(), size)
+        if itself:
+            teacher = make_self_teacher(recipe, student)
+            _prove_teacher(recipe, preparation, teacher, objectives)
+        author = make_author(recipe, preparation, student, teacher, ranks, num_steps=steps)
         opened.pop_all()
-    return Distiller(student, objective), teacher
+    return Parts(Distiller(student, objectives), teacher, author)
+
+
+def _loads_teacher(recipe: Recipe) -> bool:
+    """Whether a teacher is opened before the student: one that is asked, or a local one that only writes."""
+    if recipe.teacher is None or isinstance(recipe.teacher, SelfTeacherConfig):
+        return False
+    return recipe.asks_teacher or (recipe.uses_teacher and not isinstance(recipe.teacher, ServerTeacherConfig))
+
+
+def _prove_teacher(recipe: Recipe, preparation: Preparation, teacher: Teacher, objectives: Mapping[str, Objective]) -> None:
+    """Raises PotstillError where it cannot give what an objective asks, or not for the rows that are there."""
+    for stream, objective in objectives.items():
+        section = "objective.on_student_text" if stream == "student" and recipe.objective.on_student_text else "objective"
+        require(teacher, objective.needs, f"{section}.divergence {objective.plan.divergence}")
+    if objectives["dataset"].needs.outcomes != "nothing":
+        require_answers(teacher, preparation.data.train, preparation.data.validation)
 
 
 def finish(

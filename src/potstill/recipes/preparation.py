@@ -6,10 +6,12 @@ Both the run and the look before it start here, so that what `check` shows is wh
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.collation import padding_id
+from potstill.data.examples import ExampleSet
 from potstill.data.prepare import PreparedData, prepare
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig
@@ -19,6 +21,9 @@ from potstill.recipes.fitting import members
 from potstill.recipes.schema import Recipe
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.config import EnsembleTeacherConfig, LocalTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
+
+if TYPE_CHECKING:
+    from potstill.recipes.writing import Writing
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Preparation:
     end_of_text: tuple[int, ...]
     cached: Mapping[str, CachedTeacher] = field(default_factory=dict)
     """Those whose answers are recorded, by their keys too: they need no weights."""
+    writing: "Writing | None" = None
+    """What a model will write to, where the data set does not write."""
+    texts: ExampleSet | None = None
+    """Plain text to learn beside."""
 
     @property
     def pad_token(self) -> int:

@@ -14,9 +14,10 @@ from potstill.recipes.fitting import Single, members
 from potstill.recipes.preparation import Preparation
 from potstill.recipes.provenance import measured
 from potstill.recipes.schema import Recipe
-from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, ServerTeacherConfig
+from potstill.teachers.config import CacheTeacherConfig, EnsembleTeacherConfig, SelfTeacherConfig, ServerTeacherConfig
 from potstill.teachers.ensemble import MixtureTeacher, RoutedTeacher
 from potstill.teachers.local import LocalTeacher
+from potstill.teachers.self_teacher import SelfTeacher
 from potstill.teachers.teacher import Teacher
 
 
@@ -39,6 +40,14 @@ def make_teacher(recipe: Recipe, preparation: Preparation, *, refused_answers: P
             whole = MixtureTeacher(made, section.weights)
         opened.pop_all()
     return whole
+
+
+def make_self_teacher(recipe: Recipe, student: CausalLM) -> SelfTeacher:
+    """The student as its own teacher. Raises IncompatibleError where it has no adapter to be without."""
+    config = recipe.teacher
+    assert isinstance(config, SelfTeacherConfig)
+    autocast = torch.bfloat16 if recipe.training.precision == "bf16" else None
+    return SelfTeacher(student, config.weights, decay=config.decay, autocast=autocast)
 
 
 def _single(recipe: Recipe, preparation: Preparation, key: str, teacher: Single, refused_answers: Path | None) -> Teacher:
