@@ -110,6 +110,20 @@ def capture(
     capture_recipe(read, recipe, overrides or (), shard=share, engine=engine, quiet=quiet)
 
 
+@app.command()
+def generate(recipe: RecipeArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Writes a data set: the recipe's rows with answers of its teacher or student in place of their own. The same command goes on."""
+    from potstill.recipes.generate_rules import precheck_generate
+    from potstill.recipes.read import read_recipe
+
+    read = read_recipe(recipe, overrides or ())
+    precheck_generate(read, recipe)
+    _quiet_libraries()
+    from potstill.recipes.generating import generate_recipe
+
+    generate_recipe(read, quiet=quiet)
+
+
 CachePath = Annotated[str, typer.Argument(help="The cache: a folder, or any path that fsspec knows.", show_default=False)]
 
 

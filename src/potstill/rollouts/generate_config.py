@@ -13,9 +13,9 @@ class FilterConfig(Config):
 
     checker: Annotated[str, Field(min_length=1)] | None = None
     """Keep an answer only if it is right: exact, contains, numeric, choice, or FILE.py:NAME of a function of yours: (answer, reference,
-    row) -> bool."""
+    row) -> bool. The reference is the row's own answer."""
     min_tokens: Positive | None = None
-    """Answers with fewer tokens are left out."""
+    """Answers with fewer tokens are left out; the token that ends an answer is not counted."""
     max_tokens: Positive | None = None
     """Answers with more tokens are left out."""
     cut: Literal["drop", "keep"] = "drop"
@@ -45,5 +45,7 @@ class GenerateConfig(Config):
     """Answers written side by side, and committed together."""
     filters: FilterConfig = Field(default_factory=FilterConfig)
     """Which answers are left out."""
+    prompt_tokens: Positive | None = None
+    """For data of the format text: so many first tokens of each text are its prompt."""
     dropped: str | None = None
     """A file for the answers that were left out, each with the reason; null keeps none of them."""
