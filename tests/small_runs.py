@@ -45,6 +45,9 @@ class Run:
     num_validation: int = 0
     packed_tokens: int | None = None
     seed: int = 3
+    author: str | None = None               # who writes: student | teacher | teacher_mixed | mixture | pair; None: the data set
+    share: float = 0.5                      # of a mixture
+    rewarded: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> "Run":
@@ -92,15 +95,22 @@ def make_student(kind: str, dropout: float = 0.0):
 def make_distiller(run: Run):
     from potstill.objectives.distribution import DistributionMatching
     from potstill.objectives.likelihood import Likelihood
+    from potstill.objectives.policy import PolicyGradient
     from potstill.training.distiller import Distiller
 
     student = make_student(run.student, run.dropout)
     if run.divergence is None:
         return Distiller(student, Likelihood(reduction=run.reduction, vocabulary_size=VOCABULARY))
-    objective = DistributionMatching(
-        divergence=run.divergence, kd_ratio=run.kd_ratio, reduction=run.reduction, vocabulary_size=VOCABULARY
-    )
-    return Distiller(student, objective)
+
+    def matching(kd_ratio: float):
+        return DistributionMatching(divergence=run.divergence, kd_ratio=kd_ratio, reduction=run.reduction, vocabulary_size=VOCABULARY)
+
+    if run.author is None:
+        return Distiller(student, matching(run.kd_ratio))
+    own = matching(1.0)
+    if run.rewarded:
+        own = PolicyGradient(divergence=run.divergence, reward_weight=0.1, ratio="none", vocabulary_size=VOCABULARY)
+    return Distiller(student, {"dataset": matching(run.kd_ratio), "teacher": matching(run.kd_ratio), "student": own})
 
 
 def make_teacher():
@@ -108,6 +118,44 @@ def make_teacher():
     from potstill.teachers.local import LocalTeacher
 
     return LocalTeacher(CausalLM(tiny_llama(9, width=48, layers=1), VOCABULARY))
+
+
+# An eighth of the ids, so that a model that knows nothing ends its answers, at very unequal lengths.
+STOPS, NEW_TOKENS = (2, *range(200, 240)), 12
+
+
+def make_author(run: Run, student, teacher, ranks, rows):
+    """The author that `run` names, writing in this process. `rows` are what prompts are taken from."""
+    from potstill.rollouts.authors import MixtureAuthor, OneAuthor
+    from potstill.rollouts.config import PairConfig, WatchConfig
+    from potstill.rollouts.endings import Endings
+    from potstill.rollouts.local import LocalGenerator
+    from potstill.rollouts.pairs import PairAuthor
+    from potstill.rollouts.prompts import Prompts
+    from potstill.rollouts.watch import Watch
+    from potstill.rollouts.writer import Writer
+    from potstill.rollouts.writing import Sampling
+
+    agree = (lambda more: ranks.largest([more])[0] > 0) if run.config().fsdp and ranks.together else None
+    prompts = Prompts(rows, max_tokens=64, max_new_tokens=NEW_TOKENS)
+
+    def writer(by, model, **more):
+        generator = LocalGenerator(model, stop_ids=STOPS, pad_token=0, batch_size=3, agree=agree, **more)
+        reward = (lambda row, completion: float(len(completion.tokens) + row % 3)) if run.rewarded and by == "student" else None
+        return Writer(
+            prompts, generator, Sampling(max_new_tokens=NEW_TOKENS), Endings(STOPS), seed=run.seed, by=by, group=ranks, reward=reward,
+            watch=Watch(WatchConfig()), keep_texts=2, decode=str,
+        )  # fmt: skip
+
+    if run.author == "teacher":
+        return OneAuthor("teacher", writer("teacher", teacher.causal_lm))
+    if run.author == "teacher_mixed":
+        return OneAuthor("student", writer("student", student, teacher=teacher.causal_lm, teacher_share=0.4))
+    if run.author == "pair":
+        return PairAuthor(writer("student", student), writer("teacher", teacher.causal_lm), PairConfig(student_weight=0.7), num_steps=1)
+    if run.author == "mixture":
+        return MixtureAuthor(writer("student", student), None, run.share, run.seed)
+    return OneAuthor("student", writer("student", student))
 
 
 def weights(distiller) -> dict[str, Tensor]:
@@ -145,13 +193,17 @@ def opened(path: Path, run: Run, writer: bool = True):
 
 def execute(run: Run, path: Path, *, distiller=None, writer: bool = True):
     """The whole run, from the start or from where it was broken off. Returns (distiller, summary)."""
+    from potstill.recipes.assemble import join_ranks
     from potstill.training.trainer import train
 
     distiller = distiller or make_distiller(run)
+    teacher = None if run.divergence is None else make_teacher()
+    rows = examples(run.num_examples)
     validation = examples(run.num_validation, seed=77) if run.num_validation else None
+    author = make_author(run, distiller.student, teacher, join_ranks(), rows) if run.author else None
     with opened(path, run, writer) as folder:
         summary = train(
-            distiller, None if run.divergence is None else make_teacher(), examples(run.num_examples), validation, run.config(), folder,
-            seed=run.seed, pad_token=0, packed_tokens=run.packed_tokens, quiet=True,
+            distiller, teacher, rows, validation, run.config(), folder,
+            seed=run.seed, pad_token=0, packed_tokens=run.packed_tokens, quiet=True, author=author,
         )  # fmt: skip
     return distiller, summary

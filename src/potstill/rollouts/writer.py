@@ -114,9 +114,7 @@ class Writer:
 
     def step_done(self) -> None:
         """The step was taken on what was written last, or on other text where nothing was."""
-        self._line = self._line.plus(self._fresh)
-        if self._fresh.writings:
-            self._texts = self._fresh_texts
+        self._line, self._texts = self._line.plus(self._fresh), self._fresh_texts
         self._fresh, self._fresh_texts = Tally(), []
 
     def metrics(self) -> dict[str, float]:
@@ -130,9 +128,8 @@ class Writer:
         return {f"rollouts/{name}" if self._by == "student" else f"rollouts/teacher/{name}": value for name, value in means.items()}
 
     def texts(self) -> list[dict[str, Any]]:
-        """The answers that were kept of the last step with any, once."""
-        texts, self._texts = self._texts, []
-        return texts
+        """The answers that were kept of the last step that is done; none where it was taken on other text."""
+        return self._texts
 
     def state(self) -> dict[str, Any]:
         """JSON numbers, as of the last `step_done`. Every rank calls it."""
