@@ -105,6 +105,12 @@ class ObjectiveConfig(Config):
     def _choice_has_a_meaning(self):
         catalogue.loss_weights(self.kd_ratio, self.kd_weight, self.sft_weight)
         catalogue.check_choice(self.divergence, self.support, self.token_weight, self.given_parameters, self.temperature)
+        if self.policy is not None or self.support == "written":
+            policy = self.policy or PolicyConfig()
+            catalogue.check_policy(
+                self.divergence, self.support, baseline=policy.baseline, future=policy.future, ratio=policy.ratio,
+                temperature=self.temperature,
+            )
         if self.divergence == "cross_entropy":
             fields = type(self).model_fields
             idle = [name for name in _OF_A_TEACHER if getattr(self, name) != fields[name].default]
