@@ -57,6 +57,10 @@ class StubServer:
         self.script = script or (lambda number, body: None)
         self.model = model or Bigram(vocabulary_size)
         self.max_model_len, self.texts = max_model_len, texts
+        self.processed = False   # log-probabilities of what was drawn from, not of the model
+        self.adapters: dict[str, str] = {}
+        self.steered: list[tuple[str, Any]] = []
+        self.weight_version: str | None = None
         self.calls = 0
         self.asked: list[list[list[int]]] = []
         self.answered: list[list[list[int]]] = []
@@ -94,7 +98,10 @@ class StubServer:
 
     def completions(self, body: dict[str, Any]) -> dict[str, Any]:
         """As vLLM says it."""
+        if "prompt_logprobs" not in body:
+            return self.written(body)
         k, prompts = body["prompt_logprobs"], body["prompt"]
+        prompts = prompts if isinstance(prompts[0], list) else [prompts]
         choices = [
             {"index": number, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": self._entries(prompt, k),
              "prompt_token_ids": None}
@@ -103,6 +110,19 @@ class StubServer:
         tokens = sum(map(len, prompts))
         return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens + len(prompts), "completion_tokens": len(prompts)}}  # fmt: skip
+
+    def steer(self, path: str, body: Any) -> "Fault | None":
+        """What changes the server: adapters and weights. A test may put its own in this place."""
+        self.steered.append((path, body))
+        if path == "/v1/load_lora_adapter":
+            if body["lora_name"] in self.adapters:
+                return Fault(status=400, body=b'{"error": {"message": "has already been loaded"}}')
+            self.adapters[body["lora_name"]] = body["lora_path"]
+        elif path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+        elif path in ("/update_weight_version", "/finish_weight_update"):
+            self.weight_version = body.get("new_version", body.get("weight_version"))
+        return None
 
     def _entries(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
         entries: list[dict[str, Any] | None] = [None]
@@ -115,6 +135,32 @@ class StubServer:
                 for number, rank in ranked
             })  # fmt: skip
         return entries
+
+    def written(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM says what it has drawn: from the bigram, by the request's own seed."""
+        prompt, numbers = body["prompt"], np.random.default_rng(body["seed"])
+        tokens: list[int] = []
+        log_probs: list[float] = []
+        reason = "length"
+        while len(tokens) < body["max_tokens"]:
+            row = self.model.log_probs[(tokens or prompt)[-1]].copy()
+            for number, bias in body.get("logit_bias", {}).items():
+                row[int(number)] += bias
+            order = np.argsort(-row, kind="stable")
+            kept = order[: body["top_k"]] if body["top_k"] else order
+            weights = np.exp(row[kept] / (body["temperature"] or 1.0))
+            token = int(kept[0] if body["temperature"] == 0 else numbers.choice(kept, p=weights / weights.sum()))
+            tokens.append(token)
+            drawn = float(np.log(weights[kept == token][0] / weights.sum()))
+            log_probs.append(drawn if self.processed else float(row[token]))
+            if token in body["stop_token_ids"]:
+                reason = "stop"
+                break
+        logprobs = {"tokens": [f"token_id:{token}" for token in tokens], "token_logprobs": log_probs, "text_offset": [0] * len(tokens)}
+        choice = {"index": 0, "text": "", "logprobs": logprobs, "finish_reason": reason, "stop_reason": None, "token_ids": tokens,
+                  "prompt_token_ids": prompt}  # fmt: skip
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens), "total_tokens": len(prompt) + len(tokens)}
+        return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
 
     def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """As SGLang says it, in lists."""
@@ -164,11 +210,23 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
-            card = {"id": "tiny", "object": "model", "max_model_len": stub.max_model_len}
-            self._send(200, json.dumps({"object": "list", "data": [card]}).encode(), {})
+            cards = [{"id": name, "object": "model", "max_model_len": stub.max_model_len} for name in ("tiny", *stub.adapters)]
+            answers = {
+                "/v1/models": {"object": "list", "data": cards}, "/weight_info": {"weight_version": stub.weight_version},
+                "/get_world_size": {"world_size": 2},
+            }  # fmt: skip
+            self._send(200, json.dumps(answers[self.path]).encode(), {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path not in ("/v1/completions", "/generate"):
+                with stub.lock:
+                    fault = stub.steer(self.path, body) or Fault()
+                if fault.drop:
+                    self.close_connection = True
+                    return
+                self._send(fault.status, fault.body or b"{}", fault.headers)
+                return
             prompts = body.get("prompt", body.get("input_ids"))
             with stub.lock:
                 number, stub.calls = stub.calls, stub.calls + 1

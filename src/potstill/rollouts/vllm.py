@@ -33,7 +33,7 @@ _log = logging.getLogger("potstill")
 _MOST_BARRED = 1024
 # How far the server may be from the student right after it got its weights, in nats a token of the probe, on average: bfloat16 rounds
 # by some hundredths, 8-bit weights by a tenth or two, and another model is further away.
-_SUSPECT, _OTHER = 0.1, 1.0
+_SUSPECT, _OTHER = 0.1, 0.5
 _TRIES = 3
 
 

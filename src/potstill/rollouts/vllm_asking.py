@@ -19,6 +19,7 @@ from potstill.serving.strict_json import is_list, is_object, parse
 # An answer's size: what stands around it, and what is said of one token, several times over.
 _FRAME_BYTES, _TOKEN_BYTES = 2**20, 512
 _PROBE_TOKENS = 24
+_SHORT = Prompt((1, 0), seed=0)   # ids that every vocabulary has
 _CERTAIN = -1e-6   # above it a log-probability is that of the only token that could come
 
 
@@ -51,9 +52,10 @@ class Asker:
         limit = served[self.served].get("max_model_len")
         self.max_model_len = limit if type(limit) is int and limit > 0 else None
         # Of the only token that may come: 0 where truncation is in the log-probabilities, and less where it is not.
-        only = Prompt(self.probe[: min(len(self.probe), (self.max_model_len or 2**31) - 1)], seed=0)
-        [log_prob] = (await self.complete(only, Sampling(top_k=1, max_new_tokens=1))).log_probs
+        [log_prob] = (await self.complete(_SHORT, Sampling(top_k=1, max_new_tokens=1))).log_probs
         self.processed = log_prob >= _CERTAIN
+        # A server whose engine is dead still lists its models.
+        self.pool.another = lambda seconds: self._attempt(_SHORT, Sampling(temperature=0, max_new_tokens=1), seconds)
 
     async def names(self, seconds: float) -> dict[str, dict[str, Any]]:
         """What the server lists, adapters among it, by name."""
@@ -84,15 +86,14 @@ class Asker:
 
     async def complete(self, prompt: Prompt, sampling: Sampling) -> Completion:
         """One prompt, asked until it is answered and the answer is believed."""
+        return await self.pool.ask(lambda seconds: self._attempt(prompt, sampling, seconds))
+
+    async def _attempt(self, prompt: Prompt, sampling: Sampling, seconds: float) -> Completion:
         model, most = self.model, _FRAME_BYTES + (len(prompt.tokens) + sampling.max_new_tokens) * _TOKEN_BYTES
         asked = vllm_answers.request(model, prompt, sampling, self._stop_ids, salt=self.salt, barred=self.barred)
-
-        async def attempt(seconds: float) -> Completion:
-            body = await self.endpoint.post(vllm_answers.PATH, asked, seconds=seconds, most_bytes=most)
-            with keeping(body):
-                return vllm_answers.read(parse(body), model, prompt, sampling, self._stop_ids)
-
-        return await self.pool.ask(attempt)
+        body = await self.endpoint.post(vllm_answers.PATH, asked, seconds=seconds, most_bytes=most)
+        with keeping(body):
+            return vllm_answers.read(parse(body), model, prompt, sampling, self._stop_ids)
 
     async def probe_log_probs(self) -> list[float]:
         """What the server's weights say of the probe's tokens but the first, at temperature 1."""

@@ -5,10 +5,13 @@ has what it was sent: one that was started again has not.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from peft import PeftModel
+from transformers.utils import logging
 
 from potstill import storage
 from potstill.errors import IncompatibleError, ServerError
@@ -111,7 +114,8 @@ class ReloadWeights:
         target, size = self._folder / "student", sum(tensor.nbytes for tensor in weights.values())
         storage.require_free(self._folder, size)
         generation = copy.deepcopy(inner.generation_config)
-        storage.commit_folder(target, lambda at: write_plain(inner, weights, generation, at), replace=True, bytes_needed=size)
+        with _without_bars():
+            storage.commit_folder(target, lambda at: write_plain(inner, weights, generation, at), replace=True, bytes_needed=size)
         self._loop.run(self._reload(str(target.resolve()), tag))
 
     async def _reload(self, path: str, tag: str) -> None:
@@ -127,6 +131,19 @@ class ReloadWeights:
 
     def close(self) -> None:
         storage.remove(self._folder / "student")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for every file that it writes, and here it writes again and again."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def weight_version(asker: Asker, loop: Loop) -> str | None:
