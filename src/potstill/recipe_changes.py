@@ -30,6 +30,18 @@ ALLOWED_CHANGES = {
     "teacher.sharded": "the same mathematics, laid out differently",
     "student.activation_checkpointing": "the same mathematics, executed differently",
     "capture": "what potstill capture records; a run does not look at it",
+    "generate": "what potstill generate writes; a run does not look at it",
+    "rollouts.watch": "when a warning is given",
+    "rollouts.keep_texts": "how many answers are shown",
+    "rollouts.generator.batch_size": "the same text, written in other portions",
+    "rollouts.generator.url": "where the student writes",
+    "rollouts.generator.model": "where the student writes",
+    "rollouts.generator.folder": "where the student writes",
+    "rollouts.generator.api_key_env": "how a server is asked",
+    "rollouts.generator.api_key_file": "how a server is asked",
+    "rollouts.generator.concurrency": "how a server is asked",
+    "rollouts.generator.request_seconds": "how a server is asked",
+    "rollouts.generator.max_outage_seconds": "how a server is asked",
 }
 _MOVED = "recorded answers may be moved; which they are is compared"
 _ASKED = "how a server is asked; who answers is compared by a probe"

@@ -38,7 +38,8 @@ def paths(values, prefix=()):
             yield from paths(value, (*prefix, key))
 
 
-KEYS = [(name, path) for name, values in LIBRARY.items() for path in paths(values)]
+METHODS = ("gkd", "minillm", "distillm", "distillm2", "on-policy-policy-gradient", "self-distill", "seqkd")
+KEYS = [(name, path) for name, values in LIBRARY.items() if not name.startswith("small-") for path in paths(values)]
 
 
 def changed(name: str, path: tuple[str, ...]):
@@ -67,15 +68,27 @@ def test_the_library_holds_the_published_runs_and_their_twins():
         "qwen2-7b-top100-capture",
         "qwen2-0.5b-from-top100",
         "qwen2-0.5b-top100-sft",
+        *METHODS,
+        *(f"small-{name}" for name in METHODS),
     }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_library_recipe_is_read_and_explains_itself(name):
     recipe = read_recipe(name)
-    assert recipe.data.train == "yahma/alpaca-cleaned"
+    assert recipe.data.train == ("runs/quickstart/data/transfer.jsonl" if name.startswith("small-") else "yahma/alpaca-cleaned")
     assert library()[name].startswith("# ")
-    assert recipe_from_values(recipe.resolved()) == recipe_from_values(LIBRARY[name])
+    assert recipe_from_values(recipe.resolved()).resolved() == recipe_from_values(LIBRARY[name]).resolved()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_small_recipe_is_the_method_on_other_models(name):
+    large, small = read_recipe(name), read_recipe(f"small-{name}")
+    assert small.objective == large.objective
+    if small.rollouts is not None:
+        assert (small.rollouts.author, small.rollouts.others) == (large.rollouts.author, large.rollouts.others)
+        assert small.rollouts.sampling.model_copy(update={"max_new_tokens": 256}) == large.rollouts.sampling
+    assert (small.data.teacher_prompt, small.generate is None) == (large.data.teacher_prompt, large.generate is None)
 
 
 def test_the_llama_student_is_as_published():

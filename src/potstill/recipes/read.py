@@ -118,7 +118,8 @@ def refuse_command(command: str, recipe: Recipe, name: str) -> None:
         remedy = "add teacher: {kind: local, path: ...}, or learn from the text alone with potstill finetune"
         raise ConfigError(f"{name}: teacher: missing, and distill needs one; {remedy}")
     if command == "finetune" and recipe.teacher is not None:
-        sections = "teacher=null objective=null" + (" capture=null" if recipe.capture is not None else "")
+        also = {"rollouts": recipe.rollouts, "capture": recipe.capture}
+        sections = " ".join(["teacher=null objective=null", *(f"{name}=null" for name, said in also.items() if said is not None)])
         raise ConfigError(
             f"{name}: teacher: finetune learns from the text alone and would not ask it; say potstill distill, or leave it out with "
             f"{sections} and a run.folder of its own"

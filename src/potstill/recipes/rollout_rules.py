@@ -79,6 +79,8 @@ def _self_teacher(recipe: "Recipe") -> None:
                 "is "
                 "learned; say data.teacher_prompt, such as '{prompt}\\n\\nThe answer is {answer}'"
             )
+        if recipe.training.fsdp:
+            raise ValueError("training.fsdp: a student that is its own teacher must be whole on each rank; leave fsdp out")
     if data.teacher_prompt is None:
         return
     if recipe.teacher is None:
@@ -173,6 +175,12 @@ def _student_text(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
             f"rollouts.sampling: {why} credits the tokens that were drawn, and with temperature 0, top_p or top_k some could never be; "
             f"leave "
             "top_p and top_k out and set a temperature above 0"
+        )
+    follows_loss = rollouts.author == "replay" and rollouts.replay.schedule == "distillm" and rollouts.replay.start == 0
+    if follows_loss and recipe.data.validation is None:
+        raise ValueError(
+            "rollouts.replay.schedule: distillm lets the student write once the validation loss has risen, and there is no data.validation; "
+            "give one, or a rollouts.replay.start above 0"
         )
     _generator(recipe, rollouts)
 

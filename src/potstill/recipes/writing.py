@@ -71,8 +71,8 @@ def _prompts(recipe: Recipe, rollouts: RolloutsConfig, preparation: Preparation)
 def _texts(recipe: Recipe, config: TextConfig, preparation: Preparation, quiet: bool) -> ExampleSet:
     """Plain text in pieces, read as the rows of a run are."""
     data = DataConfig(
-        train=config.path, format="text", max_tokens=config.max_tokens or recipe.data.max_tokens, too_long="split", packing=False,
-        text_rows=recipe.data.text_rows,
+        train=config.path, format="text", columns={"text": config.column}, max_tokens=config.max_tokens or recipe.data.max_tokens,
+        too_long="split", packing=False, text_rows=recipe.data.text_rows,
     )  # fmt: skip
     found = prepare(
         data, preparation.student.tokenizer, seed=recipe.run.seed, end_of_text=preparation.end_of_text, progress=False if quiet else None

@@ -118,6 +118,8 @@ class TextConfig(Config):
     """Rows of a micro-batch; null: as training.batch_size."""
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     """Longer texts are cut into pieces of so many tokens; null: data.max_tokens."""
+    column: Annotated[str, Field(min_length=1)] = "text"
+    """The column that holds it, where the file has columns."""
 
 
 class RewardConfig(Config):
