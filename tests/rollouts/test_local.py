@@ -38,8 +38,16 @@ def _greedy_by_transformers(model, prompts: list[Prompt], count: int) -> list[li
     return answers
 
 
+# A plain cache, learned positions, windows of 4 tokens with a soft-cap, windows alone, positions from the mask.
+QUICK = ("llama", "qwen2", "gpt2", "gemma2", "mistral", "bloom", "opt")
+
+
+def _families() -> list:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(FAMILIES) - {"mamba"})]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mamba"}))
+@pytest.mark.parametrize("family", _families())
 def test_greedy_text_is_that_of_transformers_token_for_token(family):
     model = family_model(family)
     found = _generator(model).generate(PROMPTS, Sampling(temperature=0, max_new_tokens=20))
@@ -74,3 +82,187 @@ def test_an_empty_prompt_is_refused():
 
 def test_no_prompts_no_answers():
     assert _generator(tiny_llama(vocabulary_size=96)).generate([], Sampling()) == []
+
+
+def _log_probs_of(model, prompt: Prompt, answer) -> torch.Tensor:
+    """Of the drawn tokens by one forward pass over prompt and answer without a cache, float64 from the logits on: [T]."""
+    tokens = torch.tensor([prompt.tokens + answer.tokens])
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1, :96]
+    return logits.double().log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", _families())
+def test_log_probabilities_are_those_of_a_forward_pass_while_rows_leave(family):
+    model = family_model(family)
+    answers = LocalGenerator(CausalLM(model, 96), stop_ids=range(12), pad_token=0).generate(PROMPTS, Sampling(max_new_tokens=24))
+    assert len({len(answer.tokens) for answer in answers}) > 2
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
+
+
+def test_padding_of_every_row_is_forgotten_once_the_long_prompts_have_ended():
+    model = tiny_llama(vocabulary_size=96)
+    prompts = [Prompt(_tokens(60, 1), 1), *PROMPTS]
+    widths = []
+    handle = model.model.layers[0].self_attn.register_forward_hook(
+        lambda _module, _inputs, kwargs, _output: widths.append(kwargs["past_key_values"].layers[0].keys.shape[-2]), with_kwargs=True
+    )
+    # Whichever token comes first ends the long prompt's answer, so that it leaves at once.
+    first = _generator(model, stop_ids=[]).generate(prompts[:1], Sampling(max_new_tokens=1))[0].tokens[0]
+    widths.clear()
+    answers = _generator(model, stop_ids=[first]).generate(prompts, Sampling(max_new_tokens=30))
+    handle.remove()
+    assert len(answers[0].tokens) == 1
+    assert widths[0] == 60
+    assert widths[1] == 13  # the longest prompt that is left, and one token
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
+
+
+def test_a_prompt_that_is_asked_several_times_is_read_once():
+    model = tiny_llama(vocabulary_size=96)
+    prompts = [Prompt(PROMPTS[0].tokens, seed) for seed in range(6)] + [PROMPTS[2]]
+    sizes = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: sizes.append(tuple(inputs[0].shape)))
+    answers = _generator(model, stop_ids=[]).generate(prompts, Sampling(max_new_tokens=3))
+    handle.remove()
+    assert sizes == [(2, 9), (7, 1), (7, 1)]
+    assert len({answer.tokens for answer in answers[:6]}) > 1
+    alone = [_generator(model, stop_ids=[]).generate([prompt], Sampling(max_new_tokens=3))[0].tokens for prompt in prompts]
+    assert [answer.tokens for answer in answers] == alone
+
+
+def test_the_rows_of_the_head_beyond_the_tokens_are_never_drawn():
+    model = tiny_llama(vocabulary_size=128)
+    with torch.no_grad():
+        model.lm_head.weight[96:] = 50 * model.lm_head.weight[:32]  # louder than any real token
+    for sampling in (Sampling(max_new_tokens=12), Sampling(temperature=0, max_new_tokens=12)):
+        answers = _generator(model).generate(PROMPTS, sampling)
+        assert max(token for answer in answers for token in answer.tokens) < 96
+    sampled = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
+    for prompt, answer in zip(PROMPTS, sampled, strict=True):
+        assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
+
+
+def test_what_the_model_says_of_generation_is_not_read():
+    model = tiny_llama(vocabulary_size=96)
+    before = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    settings = model.generation_config
+    settings.top_k, settings.temperature, settings.eos_token_id, settings.max_length = 1, 0.1, list(range(96)), 3
+    settings.repetition_penalty, settings.use_cache = 5.0, False
+    model.config.use_cache = False
+    assert _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == before
+
+
+# ---------------------------------------------------------------- what is around it stays as it was
+
+
+def test_training_mode_gradients_and_random_states_stay_and_dropout_does_not_act():
+    model = tiny_llama(vocabulary_size=96, attention_dropout=0.5)
+    still = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    model.train()
+    generator = _generator(model)
+    model.model.layers[1].eval()
+    state = torch.get_rng_state()
+    assert generator.generate(PROMPTS, Sampling(max_new_tokens=8)) == still
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert model.model.layers[0].self_attn.training
+    assert not model.model.layers[1].training
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_cache_is_on_under_activation_checkpointing_which_stays_on():
+    model = tiny_llama(vocabulary_size=96)
+    still = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    model.train()
+    model.activation_checkpointing_enable()
+    lengths = []
+    model.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: lengths.append(inputs[0].shape[1]))
+    assert _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == still
+    assert lengths == [12] + [1] * 7
+    assert model.model.layers[0].gradient_checkpointing
+
+
+def test_what_heeding_raises_ends_the_writing_and_the_mode_comes_back():
+    model = tiny_llama(vocabulary_size=96).train()
+    generator, asked = _generator(model, stop_ids=[]), []
+
+    def check() -> None:
+        asked.append(None)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+
+    generator.heed(check)
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(PROMPTS, Sampling(max_new_tokens=8))
+    assert model.training
+    assert len(asked) == 5
+
+
+def test_the_version_is_the_step_that_was_said_last():
+    generator = _generator(tiny_llama(vocabulary_size=96))
+    assert generator.generate(PROMPTS[:1], Sampling(max_new_tokens=2))[0].version == 0
+    generator.refresh(7)
+    assert generator.generate(PROMPTS[:1], Sampling(max_new_tokens=2))[0].version == 7
+
+
+# ---------------------------------------------------------------- ranks that share the parameters
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_rank_without_rows_steps_along_as_often_as_the_others(batch_size):
+    """Two ranks as two threads that meet before every forward: neither may be there once more than the other."""
+    import threading
+
+    meeting, words = threading.Barrier(2, timeout=60), {}
+    forwards = {0: 0, 1: 0}
+
+    models = [tiny_llama(vocabulary_size=96) for _ in range(2)]  # not in the threads: they share torch's random state
+
+    def work(rank: int, prompts: list[Prompt], found: dict) -> None:
+        def agree(more: bool) -> bool:
+            words[rank] = more
+            meeting.wait()
+            any_more = any(words.values())
+            meeting.wait()
+            return any_more
+
+        def counted(*_) -> None:
+            forwards[rank] += 1
+
+        models[rank].model.register_forward_hook(counted)
+        generator = _generator(models[rank], agree=agree, batch_size=batch_size)
+        found[rank] = generator.generate(prompts, Sampling(max_new_tokens=9))
+
+    found: dict = {}
+    threads = [threading.Thread(target=work, args=(rank, part, found)) for rank, part in enumerate((PROMPTS, PROMPTS[:1]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert forwards[0] == forwards[1] > 0
+    alone = _generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=9))
+    assert [answer.tokens for answer in found[0]] == [answer.tokens for answer in alone]
+    assert [answer.tokens for answer in found[1]] == [alone[0].tokens]
+
+
+def test_the_parameters_of_the_root_are_asked_for_around_everything():
+    from contextlib import contextmanager
+
+    model, inside = tiny_llama(vocabulary_size=96), []
+
+    @contextmanager
+    def enter():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    seen = []
+    model.model.register_forward_hook(lambda *_: seen.append(bool(inside)))
+    _generator(model, enter=enter).generate(PROMPTS[:2], Sampling(max_new_tokens=3))
+    assert seen == [True] * 3
+    assert not inside

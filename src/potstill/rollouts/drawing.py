@@ -14,6 +14,8 @@ from potstill.rollouts.writing import Sampling
 # SplitMix64 (Steele, Lea and Flood 2014): a counter times an odd constant, and two rounds that mix its bits.
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+# A share of the mass is first looked for among so many most likely tokens; ordering a whole vocabulary takes ten times as long.
+_FIRST = 1024
 # Weights are summed in runs of so many, and the running sum is taken over the runs alone.
 _RUN = 256
 
@@ -46,15 +48,21 @@ def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, places = logits.sort(dim=-1, descending=True, stable=True)
-        weights = ordered.softmax(-1)
+    return logits if sampling.top_p == 1 else _nucleus(logits, sampling.top_p, min(sampling.top_k or _FIRST, _FIRST))
+
+
+def _nucleus(logits: Tensor, share: float, first: int) -> Tensor:
+    """The fewest most likely tokens that hold `share`, looked for among the `first` of them before all."""
+    total = logits.logsumexp(-1, keepdim=True)
+    for count in (first, logits.shape[-1]):
+        likely, places = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        weights = (likely - total).exp().double()
         # What more likely tokens hold already: where that reaches the share, nothing is missing any more.
-        before = weights.cumsum(-1) - weights
-        beyond = before >= sampling.top_p
-        beyond[:, 0] = False
-        logits = logits.masked_fill(beyond.scatter(1, places, beyond), -torch.inf)
-    return logits
+        kept = weights.cumsum(-1) - weights < share
+        kept[:, 0] = True
+        if count >= logits.shape[-1] or not kept[:, -1].any():
+            break
+    return torch.full_like(logits, -torch.inf).scatter(1, places, likely.masked_fill(~kept, -torch.inf))
 
 
 def draw(logits: Tensor, numbers: np.ndarray, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -67,7 +75,7 @@ def draw(logits: Tensor, numbers: np.ndarray, sampling: Sampling) -> tuple[Tenso
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device)
-    most = logits.max(-1, keepdim=True).values
+    most = logits.amax(-1, keepdim=True)
     weights = (logits - most).exp_()
     tokens, totals = _picked(weights, torch.from_numpy(numbers).to(logits.device))
     chosen = logits.gather(1, tokens[:, None])[:, 0]

@@ -102,10 +102,9 @@ class LocalGenerator:
             if not going:
                 break
             if len(going) < len(rows):
-                kept = torch.tensor(going, device=drawn.device)
-                rows, drawn = [rows[place] for place in going], drawn[kept]
+                rows, drawn = [rows[place] for place in going], drawn[torch.tensor(going, device=drawn.device)]
                 for reader in readers:
-                    reader.keep(kept)
+                    reader.keep(going)
         written: list[list[float]] = [[] for _ in prompts]
         for beside, log_probs in found:
             for row, value in zip(beside, log_probs.tolist(), strict=True):
@@ -126,9 +125,8 @@ class LocalGenerator:
         for number, reader in enumerate(readers):
             first = reader.begin([(teacher or tokens) if number else tokens for tokens, teacher in seen])
             if len(seen) < len(prompts):
-                kept = torch.tensor(places, device=first.device)
-                reader.keep(kept)
-                first = first[kept]
+                reader.keep(places)
+                first = first[torch.tensor(places, device=first.device)]
             logits.append(first)
         return logits
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from potstill.errors import ModelError
 from potstill.head import Head, LowRank
 from potstill.models.causal_lm import CausalLM
+from potstill.rollouts.growing import forget, let_grow
 
 
 def require_cache(model: CausalLM) -> None:
@@ -93,19 +94,24 @@ class Reader:
     def __init__(self, voice: Voice, pad_token: int):
         self._voice, self._pad_token = voice, pad_token
         self._cache: Any = None
+        self._grows = False
+        self._padding: list[int] = []          # columns before the first token of each row
         self._mask: Tensor | None = None       # [B, T] of what is no padding; None where nothing is
         self._next: Tensor | None = None       # [B, 1] the position of the next token
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts; float32 logits [B, V] of the token after each."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        rows = [[self._pad_token] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        tokens = torch.tensor(rows, device=self._voice.device)
-        self._next = torch.tensor(lengths, device=self._voice.device)[:, None]
-        positions = (torch.arange(longest, device=self._voice.device) - (longest - self._next)).clamp_min(0)
-        self._mask = None if min(lengths) == longest else torch.arange(longest, device=tokens.device) >= longest - self._next
-        return self._read(tokens, positions)
+        device = self._voice.device
+        longest = max(map(len, prompts))
+        self._padding = [longest - len(prompt) for prompt in prompts]
+        tokens = torch.tensor([[self._pad_token] * before + list(row) for before, row in zip(self._padding, prompts, strict=True)])
+        before = torch.tensor(self._padding, device=device)[:, None]
+        columns = torch.arange(longest, device=device)
+        self._next = longest - before
+        self._mask = columns >= before if any(self._padding) else None
+        logits = self._read(tokens.to(device), (columns - before).clamp_min(0))
+        self._grows = let_grow(self._cache)
+        return logits
 
     def read(self, tokens: Tensor) -> Tensor:
         """Reads one more token of each row [B]; float32 logits [B, V] of the one after it."""
@@ -124,10 +130,23 @@ class Reader:
         self._cache = output.past_key_values
         return self._voice.logits(output.last_hidden_state[:, -1])
 
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows alone, in this order; a row may be named several times."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows alone, in this order; a row may be named several times.
+
+        Columns that are padding in all of them are forgotten, so that a prompt that was long costs nothing once its answer has ended.
+        """
         assert self._next is not None
-        self._cache.reorder_cache(rows)
-        self._next = self._next[rows]
-        if self._mask is not None:
-            self._mask = self._mask[rows]
+        chosen = torch.tensor(rows, device=self._next.device)
+        self._cache.reorder_cache(chosen)
+        self._next = self._next[chosen]
+        self._padding = [self._padding[row] for row in rows]
+        if self._mask is None:
+            return
+        self._mask = self._mask[chosen]
+        spare = min(self._padding)
+        if spare and self._grows:
+            forget(self._cache, spare)
+            self._padding = [before - spare for before in self._padding]
+            self._mask = self._mask[:, spare:]
+        if not any(self._padding):
+            self._mask = None
