@@ -16,6 +16,7 @@ import torch
 
 from potstill import cli, storage
 from potstill.recipes import assemble
+from potstill.rollouts import local
 from potstill.training import checkpoint, saving, seam
 
 torch.set_num_threads(1)
@@ -73,6 +74,8 @@ def arm(request: dict) -> None:
         _wrap(saving.Saver, "restore", reached)
     elif point == "export":
         _wrap(assemble, "export_student", reached)
+    elif point == "drawing":  # a token of text that a model writes here
+        _wrap(local, "draw", reached)
     elif point == "operation":  # a primitive operation of storage, wherever it happens
         for name in ("create", "write", "fsync", "rename", "unlink", "mkdir", "sync_folder"):
             _wrap(storage.OPERATIONS, name, reached)
