@@ -6,6 +6,7 @@ from small_runs import Run
 
 BASE = Run(num_examples=22, num_validation=5).but(epochs=1, batch_size=2, accumulation=4, save_steps=2, eval_steps=2)
 SHARDED = BASE.but(fsdp=True)
+_STUDENT = replace(BASE, author="student", divergence="reverse_kl")
 
 # Same weights as one process, whatever the ranks do. 22 rows in windows of 8: the last leaves a rank without rows.
 EQUAL: dict[str, Run] = {
@@ -28,6 +29,13 @@ EQUAL: dict[str, Run] = {
     "fsdp_lora_dropout": replace(SHARDED, student="lora", dropout=0.1),
     "fsdp_lora_head": replace(SHARDED, student="lora_head"),
     "fsdp_saved_head": replace(SHARDED, student="saved_head"),
+    # Text that the ranks write themselves, each its own rows.
+    "ddp_student": _STUDENT,
+    "ddp_rewarded": replace(_STUDENT, rewarded=True, author="mixture", share=0.7, student="lora", dropout=0.1),
+    "ddp_pair_within_a_micro_batch": replace(_STUDENT, author="pair").but(batch_size=4, accumulation=1),
+    "fsdp_student": _STUDENT.but(fsdp=True),
+    "fsdp_teacher_mixed_tied_checkpointed": replace(_STUDENT, author="teacher_mixed", student="tied_checkpointed").but(fsdp=True),
+    "fsdp_lora_head_rewarded": replace(_STUDENT, student="lora_head", rewarded=True).but(fsdp=True),
 }
 
 # In bfloat16 the two are not bit for bit the same; but what is summed and logged is float32 on both sides.
@@ -42,6 +50,7 @@ RESUMED: dict[str, Run] = {
     "resumed_ddp": _LONG,
     "resumed_fsdp": _LONG.but(fsdp=True),
     "resumed_lora": replace(_LONG, student="lora").but(fsdp=True),
+    "resumed_mixture": replace(_LONG, author="mixture", share=0.7, divergence="reverse_kl").but(fsdp=True),
 }
 
 
@@ -53,7 +62,7 @@ def legs(run: Run) -> tuple[Run, Run]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on rank 1, at which micro-batch (or before which step)."""
+    """What goes wrong on rank 1, at which micro-batch (or before which step, or which token of what it writes)."""
 
     kind: str
     turn: int
@@ -68,4 +77,7 @@ FAULTS: dict[str, Fault] = {
     "skipped_on_all": Fault("loss", 3, _LOOSE),
     "signal_to_one_rank": Fault("signal", 4, BASE),
     "signal_to_one_rank_sharded": Fault("signal", 4, SHARDED),
+    # While the text of the second step is written: the other rank knows nothing of it until both have written.
+    "signal_while_text_is_written": Fault("signal_at_token", 20, _STUDENT),
+    "signal_while_text_is_written_sharded": Fault("signal_at_token", 20, _STUDENT.but(fsdp=True)),
 }

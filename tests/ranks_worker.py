@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from potstill.errors import PotstillError
+from potstill.rollouts.local import LocalGenerator
 from potstill.training import seam
 from potstill.training.seam import DistillationTrainer
 from ranks_plan import EQUAL, FAULTS, NARROW, RESUMED, Fault
@@ -52,6 +53,7 @@ def run_whole(folder: Path, name: str, run: Run) -> None:
 def run_fault(folder: Path, name: str, fault: Fault) -> None:
     """Something goes wrong on rank 1 alone; every rank must end the same way, with the same weights."""
     step_of, guard = DistillationTrainer.training_step, DistillationTrainer.refuse_non_finite
+    token_of, tokens = LocalGenerator._step, 0
     calls = 0
 
     def injected(trainer, model, inputs, count=None):
@@ -65,12 +67,20 @@ def run_fault(folder: Path, name: str, fault: Fault) -> None:
                     trainer.measures.add(*[torch.tensor(float("nan"))] * 3)
         return step_of(trainer, model, inputs, count)
 
+    def at_token(generator):
+        nonlocal tokens
+        tokens += 1
+        if RANK == 1 and fault.kind == "signal_at_token" and tokens == fault.turn:
+            os.kill(os.getpid(), signal.SIGTERM)
+        token_of(generator)
+
     def before(trainer):
         if RANK == 1 and fault.kind == "gradient" and trainer.state.global_step == fault.turn:
             trainer.grad_norm = float("inf")
         guard(trainer)
 
     seam.DistillationTrainer.training_step, seam.DistillationTrainer.refuse_non_finite = injected, before
+    LocalGenerator._step = at_token
     from small_runs import make_distiller
 
     distiller = make_distiller(fault.run)
@@ -82,6 +92,7 @@ def run_fault(folder: Path, name: str, fault: Fault) -> None:
         facts = {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
     finally:
         seam.DistillationTrainer.training_step, seam.DistillationTrainer.refuse_non_finite = step_of, guard
+        LocalGenerator._step = token_of
     leave(folder, name, distiller, facts)
 
 
