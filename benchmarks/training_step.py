@@ -49,14 +49,18 @@ class Gate:
 
     def wait(self) -> None:
         if self.began is not None:
-            wall, processor, before = self.began
-            report = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor, "peak": _status("VmHWM") - before}
-            print(json.dumps(report), flush=True)
+            print(json.dumps(self.report()), flush=True)
         if sys.stdin.readline().strip() != "go":
             os._exit(0)
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self.began = (time.perf_counter(), time.process_time(), _status("VmRSS"))
+
+    def report(self) -> dict[str, float]:
+        """How the step went: seconds and MiB by name, the first of them "wall"."""
+        assert self.began is not None
+        wall, processor, before = self.began
+        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor, "peak": _status("VmHWM") - before}
 
 
 def _model(width: int, layers: int, heads: int, seed: int):
@@ -259,7 +263,7 @@ def measure(
                 if (report := contender.step()) is not None:
                     contender.measured.append(report)
         return {
-            name: {key: statistics.median(row[key] for row in contender.measured) for key in ("cpu", "wall", "peak")}
+            name: {key: statistics.median(row[key] for row in contender.measured) for key in contender.measured[0]}
             for name, contender in contenders.items()
         }
     finally:
