@@ -157,6 +157,47 @@ def test_a_token_weight_multiplies_the_divergence_of_its_row_and_is_constant(nam
     torch.testing.assert_close(found, torch.autograd.grad(whole, rows))
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {}, {"token_weight": "teacher_entropy"}, {"support": "top_k_tail", "parameters": {"top_k": 3}}, {"token_weight": "position"},
+        {"divergence": "reverse_kl", "support": "student_top_k_tail", "parameters": {"top_k": 3}, "temperature": 2.0},
+    ],
+)
+def test_a_capped_row_counts_the_cap_and_keeps_its_direction(choices):
+    """The constant min(1, cap / D) on top of whatever weighs the row, so that every row's gradient is a multiple of its own."""
+    rows, head, signal, _, _ = setting()
+    plain = DistributionMatching(kd_ratio=1.0, **choices).total(rows, head, signal, BATCH)
+    slopes = torch.autograd.grad(plain.total, rows)[0]
+    divergence = plain.by_row["divergence"]
+    cap = divergence.median().item()
+    objective = DistributionMatching(kd_ratio=1.0, row_cap=cap, execution=Execution(group_rows=4, slice_rows=3, block_rows=2), **choices)
+    capped = objective.total(rows, head, signal, BATCH)
+    weight = (cap / divergence).clamp(max=1.0)
+    assert 0 < (weight < 1).sum() < N
+    torch.testing.assert_close(torch.autograd.grad(capped.total, rows)[0], slopes * weight[:, None])
+    torch.testing.assert_close((capped.by_row["divergence"], capped.divergence), (divergence, plain.divergence))
+    of_token = plain.by_row.get("token_weight", torch.ones_like(divergence))
+    torch.testing.assert_close(capped.total, (of_token * divergence.clamp(max=cap)).sum())
+    equal = DistributionMatching(kd_ratio=1.0, row_cap=1e-9).total(
+        rows, head, TeacherSignal(FullOutcomes(rows.detach(), head)), BATCH
+    )
+    assert torch.autograd.grad(equal.total, rows)[0].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"row_cap": 0.0}, "above 0; found 0"), ({"row_cap": 0.1, "support": "samples"}, "closed form; found support 'samples'"),
+        ({"row_cap": 0.1, "support": "projected"}, "support 'projected'"),
+        ({"row_cap": 0.1, "divergence": "cross_entropy"}, "found cross_entropy, which is no divergence"),
+    ],
+)
+def test_a_cap_without_a_meaning_is_refused(choices, said):
+    with pytest.raises(ConfigError, match=said):
+        DistributionMatching(**choices)
+
+
 def test_entropy_gap_weighs_the_two_directions_of_mixed_kl_apart():
     rows, head, signal, student, teacher = setting()
     loss, _ = total_of(divergence="mixed_kl", parameters={"forward_weight": 0.3}, token_weight="entropy_gap", kd_ratio=1.0)

@@ -34,7 +34,8 @@ CHOICES = [
     {"reward_weight": 0.6, "divergence": "jsd", "token_weight": "teacher_entropy"}, {"kd_weight": 0.0, "reward_weight": 1.0},
     {"support": "written", "future": "discounted", "reward_weight": 0.5, "kd_weight": 2.0, "reduction": "seq_sum"},
     {"divergence": "skew_reverse_kl", "ratio": "mask"}, {"support": "written", "ratio": "mask"}, {"support": "written", "ratio": "clip"},
-    {"future": "mean", "ratio": "clip"}, {"support": "written", "ratio": "none"},
+    {"future": "mean", "ratio": "clip"}, {"support": "written", "ratio": "none"}, {"row_cap": 0.7, "future": "mean"},
+    {"row_cap": 0.9, "token_weight": "teacher_entropy", "reward_weight": 0.3},
 ]
 EACH = pytest.mark.parametrize("choices", CHOICES, ids=lambda c: "-".join(str(v) for v in c.values()))
 
@@ -62,7 +63,8 @@ def setting():
 
 
 def written_out(rows, weight, outcomes, *, divergence="reverse_kl", support="full", token_weight="none", kd_weight=1.0,
-                reduction="token_mean", baseline="none", future="none", discount=1.0, ratio="truncate", reward_weight=0.0):  # fmt: skip
+                reduction="token_mean", baseline="none", future="none", discount=1.0, ratio="truncate", reward_weight=0.0,
+                row_cap=None):  # fmt: skip
     """(the sum whose gradient is meant, the value that is told), row by row in plain loops over whole logits."""
     student, teacher = (rows @ weight.T).log_softmax(-1), (outcomes.hidden @ outcomes.head.weight.T).log_softmax(-1)
     distances, kl = DIVERGENCES[divergence](student, teacher), DIVERGENCES["reverse_kl"](student, teacher).detach()
@@ -81,6 +83,8 @@ def written_out(rows, weight, outcomes, *, divergence="reverse_kl", support="ful
             of_position = float(sum(distances[s] > distances[t] for s in mine) < math.ceil(0.5 * len(mine)))
         elif token_weight == "teacher_entropy":
             of_position = (-(teacher[t].exp() * teacher[t]).sum() / math.log(V)).item()
+        if row_cap is not None:
+            of_position = of_position * min(1.0, row_cap / distances[t].item())
         advantage = reward_weight * rewards[t].item()
         if support == "written":
             advantage += kd_weight * of_position * (gaps[t].item() + (kl[t].item() if baseline == "kl" else 0.0))
@@ -268,6 +272,7 @@ def test_what_is_asked_of_the_teacher(choices, needs):
         ({"future": "mean", "divergence": "forward_kl"}, "say divergence: reverse_kl, or future: none"),
         ({"divergence": "forward_kl", "support": "samples", "future": "mean"}, "future"),
         ({"temperature": 2.0}, "at temperature 1; found 2"),
+        ({"support": "written", "row_cap": 0.5}, "closed form; found support 'written'"),
         ({"ratio": "drop"}, "policy.ratio is one of"), ({"ratio_limit": 1.0}, "ratio_limit above 1"), ({"discount": 0.0}, r"in \(0, 1\]"),
     ],
 )

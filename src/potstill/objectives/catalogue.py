@@ -179,6 +179,18 @@ def check_policy(
         )
 
 
+def check_row_cap(row_cap: float | None, divergence: str, support: str) -> float | None:
+    """The cap, or ConfigError where a position's divergence is not known well enough to be capped."""
+    if row_cap is None:
+        return None
+    if not 0 < row_cap < float("inf"):
+        raise ConfigError(f"objective.row_cap is a finite number of nats above 0; found {row_cap}; leave it out for no cap")
+    if divergence == "cross_entropy" or support in ("samples", "projected", "written"):
+        what = "cross_entropy, which is no divergence" if divergence == "cross_entropy" else f"support {support!r}"
+        raise ConfigError(f"objective.row_cap: needs each position's divergence in closed form; found {what}; leave it out")
+    return float(row_cap)
+
+
 def loss_weights(kd_ratio: float | None, kd_weight: float | None, sft_weight: float | None) -> tuple[float, float]:
     """(kd_weight, sft_weight): kd_ratio and one minus it, or the two weights that stand in its place."""
     if kd_weight is None and sft_weight is None:

@@ -36,6 +36,7 @@ class DistributionMatching(nn.Module):
 
     `kd_ratio` stands for a kd_weight of so much and a sft_weight of one minus it; 0.5 where none of the three is given.
     `parameters` is flat: those of the divergence, of the support and of the token weight, as a recipe has them; see the catalogue.
+    `row_cap` weighs a position of divergence D with the constant min(1, row_cap / D).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class DistributionMatching(nn.Module):
         scale_by_temperature_squared: bool | None = None,
         support: str = "full",
         token_weight: str = "none",
+        row_cap: float | None = None,
         reduction: str = "token_mean",
         vocabulary_size: int | None = None,
         execution: Execution | None = None,
@@ -57,7 +59,7 @@ class DistributionMatching(nn.Module):
         super().__init__()
         self.plan = make_plan(
             divergence, parameters, kd_ratio=kd_ratio, kd_weight=kd_weight, sft_weight=sft_weight, temperature=temperature,
-            scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight,
+            scale_by_temperature_squared=scale_by_temperature_squared, support=support, token_weight=token_weight, row_cap=row_cap,
         )
         if support == "written":
             raise ConfigError("objective.support: written learns from tokens that the student drew itself; use PolicyGradient for it")

@@ -5,7 +5,7 @@ It knows nothing of chunks, heads or models.
 
 from dataclasses import dataclass
 
-from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, loss_weights, scales_by_temperature_squared
+from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, check_row_cap, loss_weights, scales_by_temperature_squared
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Plan:
     token_weight: str
     weight_parameters: tuple[tuple[str, Value], ...]
     has_teacher: bool = True
+    row_cap: float | None = None
 
     @property
     def divergence_factor(self) -> float:
@@ -50,6 +51,7 @@ def make_plan(
     scale_by_temperature_squared: bool | None = None,
     support: str = "full",
     token_weight: str = "none",
+    row_cap: float | None = None,
 ) -> Plan:
     """Checks the choices of a recipe or a call; ConfigError names what does not fit. `parameters` is flat."""
     of_divergence, of_text = loss_weights(kd_ratio, kd_weight, sft_weight)
@@ -65,6 +67,7 @@ def make_plan(
         support_size=int(next(iter(of_support.values()), 0)),
         token_weight=token_weight,
         weight_parameters=tuple(of_weight.items()),
+        row_cap=check_row_cap(row_cap, divergence, support),
     )
 
 

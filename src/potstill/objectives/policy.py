@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from potstill.batch import Batch
 from potstill.errors import ConfigError, IncompatibleError
 from potstill.head import Head
-from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, check_policy
+from potstill.objectives.catalogue import SEQUENCE_WEIGHTS, Value, check_choice, check_policy, check_row_cap
 from potstill.objectives.credit import credited, following, importance
 from potstill.objectives.distribution import needs_of
 from potstill.objectives.execution import Execution
@@ -54,6 +54,7 @@ class PolicyGradient(nn.Module):
         support: str = "full",
         temperature: float = 1.0,
         token_weight: str = "none",
+        row_cap: float | None = None,
         kd_weight: float = 1.0,
         reduction: str = "token_mean",
         baseline: str = "none",
@@ -67,6 +68,7 @@ class PolicyGradient(nn.Module):
     ):
         super().__init__()
         weight_parameters = check_choice(divergence, support, token_weight, parameters)[2]
+        check_row_cap(row_cap, divergence, support)
         check_policy(divergence, support, baseline=baseline, future=future, ratio=ratio, temperature=temperature)
         if not 0 < discount <= 1 or not ratio_limit > 1:
             raise ConfigError(
@@ -75,7 +77,8 @@ class PolicyGradient(nn.Module):
         self.written = support == "written"
         self.credits = self.written or future != "none" or reward_weight != 0
         self.plan = likelihood_plan() if self.written else make_plan(
-            divergence, parameters, kd_weight=kd_weight, sft_weight=float(self.credits), support=support, token_weight=token_weight
+            divergence, parameters, kd_weight=kd_weight, sft_weight=float(self.credits), support=support, token_weight=token_weight,
+            row_cap=row_cap,
         )  # fmt: skip
         self.look = self._plan_of_first_look(baseline)
         self.needs = Needs("full") if baseline == "kl" else needs_of(support, parameters, token_weight=token_weight)

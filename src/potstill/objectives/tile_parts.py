@@ -13,7 +13,7 @@ from potstill.objectives.divergences import DIVERGENCES, GRADIENTS
 from potstill.objectives.pair import LOG_ZERO, Pair, make_pair
 from potstill.objectives.plan import Plan
 from potstill.objectives.supports import Compared
-from potstill.objectives.weights import position_weight
+from potstill.objectives.weights import cap_weight, position_weight
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ def weighted_divergence(
     weights, token_weights, parameters = weigh(plan, compared, rows, student_share)
     value, gradient = _value_and_gradient(plan.divergence, parameters, compared, student_probs, training)
     found = {"divergence": value}
+    if plan.row_cap is not None:
+        cap = cap_weight(value, plan.row_cap)
+        weights, token_weights = weights * cap, cap if token_weights is None else token_weights * cap
     if token_weights is not None:
         found["token_weight"] = token_weights
     return found, None if gradient is None else gradient.mul_(gradient_scale(plan, weights))

@@ -51,6 +51,14 @@ def position_weight(
     return weight, weight
 
 
+def cap_weight(divergence: Float[Tensor, "*N"], cap: float) -> Float[Tensor, "*N"]:
+    """min(1, cap / divergence): no position counts more than `cap` nats, and none is pushed away from the teacher.
+
+    A clamp of single outcomes would leave the gradient of the small ones alone, which points elsewhere.
+    """
+    return (cap / divergence.clamp_min(torch.finfo(divergence.dtype).tiny)).clamp_max(1.0)
+
+
 def sequence_weight(
     name: str,
     parameters: dict[str, Value],

@@ -78,7 +78,7 @@ def _policy(config: ObjectiveConfig, reward_weight: float, vocabulary_size: int,
 def _shared(config: ObjectiveConfig, vocabulary_size: int, execution: Execution) -> dict[str, Any]:
     return {
         "divergence": config.divergence, "parameters": config.given_parameters, "temperature": config.temperature,
-        "support": config.support, "token_weight": config.token_weight, "reduction": config.reduction,
+        "support": config.support, "token_weight": config.token_weight, "row_cap": config.row_cap, "reduction": config.reduction,
         "vocabulary_size": vocabulary_size, "execution": execution,
     }  # fmt: skip
 

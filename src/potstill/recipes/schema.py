@@ -58,6 +58,8 @@ class ObjectiveConfig(Config):
     """The outcomes that are compared at each position."""
     token_weight: str = "none"
     """How positions are weighed against each other."""
+    row_cap: Annotated[float | None, Field(gt=0)] = None
+    """Nats that one position's divergence counts at most, by a constant weight: against steps that a few tokens dominate."""
     reduction: Literal["token_mean", "seq_mean", "seq_sum"] = "token_mean"
     """Every target counts alike; or every response does, by the mean over its targets; or by their sum, divided by the responses."""
     alpha: float | None = None
@@ -105,6 +107,7 @@ class ObjectiveConfig(Config):
     def _choice_has_a_meaning(self):
         catalogue.loss_weights(self.kd_ratio, self.kd_weight, self.sft_weight)
         catalogue.check_choice(self.divergence, self.support, self.token_weight, self.given_parameters, self.temperature)
+        catalogue.check_row_cap(self.row_cap, self.divergence, self.support)
         if self.policy is not None or self.support == "written":
             policy = self.policy or PolicyConfig()
             catalogue.check_policy(
