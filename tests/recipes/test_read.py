@@ -392,7 +392,7 @@ def test_the_objective_has_a_key_for_every_parameter_of_the_catalogue():
     named = {name for table in tables for parameters in table.values() for name in parameters}
     own = {
         "divergence", "kd_ratio", "kd_weight", "sft_weight", "temperature", "scale_by_temperature_squared", "support", "token_weight",
-        "reduction", "policy", "on_student_text",
+        "reduction", "row_cap", "policy", "on_student_text",
     }  # fmt: skip
     assert set(PARAMETER_KEYS) == named
     assert set(ObjectiveConfig.model_fields) == named | own
