@@ -4,12 +4,7 @@ vLLM lives in an environment of its own (`make vllm` makes it); VLLM_PYTHON name
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,54 +21,15 @@ from potstill.signals import Needs, TopKOutcomes
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.local import LocalTeacher
 from potstill.teachers.server import ServerTeacher
+from served_vllm import LONGEST, MOST_LOGPROBS, START_SECONDS, VllmServer, free_port, require_vllm
 from small_recipe import potstill, write_small_recipe
 from tiny import save_pair, tiny_llama, tiny_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-VOCABULARY, K, LONGEST, MOST_LOGPROBS = 320, 20, 256, 64
-START_SECONDS = 600
+VOCABULARY, K = 320, 20
 # vLLM's attention on a CPU takes heads of 32 and more. Wide initial weights, so that its distributions are not all flat.
 MODEL = {"width": 128, "head_dim": 32, "initializer_range": 0.08}
-
-
-class VllmServer:
-    """One server process and its children."""
-
-    def __init__(self, model: Path, log: Path, port: int):
-        self.url = f"http://127.0.0.1:{port}"
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_TARGET_DEVICE": "cpu"}
-        command = [
-            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LONGEST), "--enforce-eager",
-            "--max-num-seqs", "8", "--max-logprobs", str(MOST_LOGPROBS),
-        ]  # fmt: skip
-        self.log = log
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def wait(self) -> "VllmServer":
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(self.url + "/v1/models", timeout=5).read()
-                return self
-            except OSError:
-                time.sleep(0.5)
-        self.kill()
-        raise AssertionError("vLLM did not start:\n" + self.log.read_text()[-3000:])
-
-    def kill(self) -> None:
-        """At once, with its workers."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +37,9 @@ def model(tmp_path_factory) -> Path:
     return save_pair(tmp_path_factory.mktemp("served") / "teacher", 1, **MODEL)
 
 
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        return taken.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def server(model, tmp_path_factory) -> Iterator[VllmServer]:
-    if not PYTHON.exists():
-        pytest.skip(f"no vLLM at {PYTHON}; `make vllm` installs it")
+    require_vllm()
     started = VllmServer(model, tmp_path_factory.mktemp("vllm") / "log", free_port())
     yield started.wait()
     started.kill()
