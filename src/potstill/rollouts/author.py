@@ -72,7 +72,7 @@ class Author(Protocol):
         ...
 
     def validated(self, loss: float) -> None:
-        """The loss on the validation set, as soon as it is known."""
+        """The cross-entropy on the validation set, in nats a target, as soon as it is known; no objective scales it."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

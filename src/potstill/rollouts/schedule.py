@@ -14,7 +14,7 @@ Branch = Literal["fresh", "replayed", "others"]
 
 
 class Schedule:
-    """A threshold, the probability of the student's text, that rises when the validation loss does.
+    """A threshold, the probability of the student's text, that rises when the cross-entropy on the validation set does.
 
     The first validation sets the level that later ones are held against; a worse one raises the threshold and becomes the level, and a
     better one changes nothing. With the schedule `constant` the threshold stays, and half of the student's steps are fresh.
