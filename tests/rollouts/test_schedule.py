@@ -41,6 +41,11 @@ def test_the_defaults_are_the_papers():
     assert (config.capacity, config.start, config.rise, config.margin) == (1000, 0.0, 0.1, 0.1)
 
 
+def test_a_constant_schedule_that_never_comes_to_the_student_is_refused():
+    with pytest.raises(ValueError, match="start: 0, which a constant schedule never leaves"):
+        ReplayConfig(schedule="constant")
+
+
 def test_a_constant_schedule_follows_no_loss():
     assert _thresholds(LOSSES, schedule="constant", start=0.5) == [0.5] * len(LOSSES)
 

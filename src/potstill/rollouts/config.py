@@ -89,13 +89,21 @@ class ReplayConfig(Config):
     capacity: Positive = 1000
     """Answers in the buffer; the oldest leave first."""
     schedule: Literal["distillm", "constant"] = "distillm"
-    """distillm: the threshold rises by `rise` where the validation loss did, and fresh text becomes rarer as the run goes on."""
+    """distillm: the threshold rises by `rise` where the cross-entropy on the validation set did, and fresh text becomes rarer as the run
+    goes on; constant: the threshold stays, and half of the student's steps are on fresh text."""
     start: Share = 0.0
     """The threshold at the start: the probability that a step is taken on the student's text."""
     rise: Share = 0.1
     """What a worse validation adds to the threshold."""
     margin: Annotated[float, Field(ge=0)] = 0.1
-    """How much higher the validation loss must be, in nats a target, to count as worse."""
+    """How much higher that cross-entropy must be than at the last rise (before one: at the first validation), in nats a target, to count
+    as worse."""
+
+    @model_validator(mode="after")
+    def _ever_the_student(self):
+        if self.schedule == "constant" and self.start == 0:
+            raise ValueError("start: 0, which a constant schedule never leaves, so that the student never writes; give a share above 0")
+        return self
 
 
 class PairConfig(Config):
