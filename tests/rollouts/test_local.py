@@ -80,6 +80,20 @@ def test_an_empty_prompt_is_refused():
         _generator(tiny_llama(vocabulary_size=96)).generate([PROMPTS[0], Prompt((), 1)], Sampling())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_prompt_beyond_a_table_of_positions_is_refused_before_anything_is_written(family):
+    model = family_model(family)
+    fits, beyond = Prompt(_tokens(55, 0), 0), Prompt(_tokens(56, 0), 0)
+    assert len(_generator(model, stop_ids=[]).generate([fits], Sampling(max_new_tokens=10))[0].tokens) == 10
+    with pytest.raises(UsageError, match=r"reads at most 64 tokens, and prompt 1 with an answer of 10 has 65"):
+        _generator(model).generate([fits, beyond], Sampling(max_new_tokens=10))
+
+
+def test_positions_that_are_computed_have_no_end():
+    answer = _generator(family_model("llama"), stop_ids=[]).generate([Prompt(_tokens(60, 0), 0)], Sampling(max_new_tokens=10))[0]
+    assert len(answer.tokens) == 10
+
+
 def test_no_prompts_no_answers():
     assert _generator(tiny_llama(vocabulary_size=96)).generate([], Sampling()) == []
 

@@ -15,7 +15,7 @@ from potstill.errors import IncompatibleError, UsageError
 from potstill.models.causal_lm import CausalLM
 from potstill.rollouts.drawing import draw, uniforms
 from potstill.rollouts.mixed import mixture
-from potstill.rollouts.reading import Reader, Voice, require_cache
+from potstill.rollouts.reading import Reader, Voice, reach, require_cache
 from potstill.rollouts.writing import Completion, Prompt, Sampling
 
 
@@ -43,6 +43,7 @@ class LocalGenerator:
             )
         self._model, self._teacher, self._share = model, teacher, teacher_share
         self._stop_ids, self._pad_token, self._batch_size = frozenset(stop_ids), pad_token, batch_size
+        self._reaches = [(model, reach(model), _own), *([] if teacher is None else [(teacher, reach(teacher), _of_the_teacher)])]
         self._agree = agree
         self._enter = enter or nullcontext
         self._check: Callable[[], None] = _nothing
@@ -65,10 +66,9 @@ class LocalGenerator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in their order. Raises UsageError for an empty prompt."""
+        """One completion a prompt, in their order. Raises UsageError for an empty prompt, and for one beyond a table of positions."""
         for number, prompt in enumerate(prompts):
-            if not prompt.tokens:
-                raise UsageError(f"prompt {number} has no token, so there is nothing to answer; leave the row out, or give it a prompt")
+            self._require(number, prompt, sampling)
         completions: list[Completion | None] = [None] * len(prompts)
         writers = [self._model] if self._teacher is None else [self._model, self._teacher]
         with self._enter(), _evaluating(writers):
@@ -81,6 +81,17 @@ class LocalGenerator:
                 for voice in voices:
                     voice.step_along(self._pad_token)
         return [completion for completion in completions if completion is not None]
+
+    def _require(self, number: int, prompt: Prompt, sampling: Sampling) -> None:
+        if not prompt.tokens:
+            raise UsageError(f"prompt {number} has no token, so there is nothing to answer; leave the row out, or give it a prompt")
+        for writer, longest, tokens in self._reaches:
+            read = len(tokens(prompt)) + sampling.max_new_tokens - 1  # the last token is written, and never read
+            if longest is not None and read > longest:
+                raise UsageError(
+                    f"{writer.name} reads at most {longest} tokens, and prompt {number} with an answer of {sampling.max_new_tokens} has "
+                    f"{read}; lower max_new_tokens or leave out long prompts"
+                )
 
     def _write(self, voices: list[Voice], prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
         """The answers to one batch, rows leaving it as they end."""
@@ -121,9 +132,10 @@ class LocalGenerator:
         """Reads each different prompt once; answers to the same one go on from the same cache."""
         seen: dict[tuple, int] = {}
         places = [seen.setdefault((prompt.tokens, prompt.teacher_tokens), len(seen)) for prompt in prompts]
+        different = [prompts[places.index(place)] for place in range(len(seen))]
         logits = []
-        for number, reader in enumerate(readers):
-            first = reader.begin([(teacher or tokens) if number else tokens for tokens, teacher in seen])
+        for reader, tokens in zip(readers, (_own, _of_the_teacher), strict=False):
+            first = reader.begin([tokens(prompt) for prompt in different])
             if len(seen) < len(prompts):
                 reader.keep(places)
                 first = first[torch.tensor(places, device=first.device)]
@@ -136,6 +148,14 @@ class LocalGenerator:
             return draw(logits[0], numbers, sampling)
         mixed = mixture(logits[0], logits[1], self._share, sampling)
         return draw(mixed, numbers, replace(sampling, temperature=1.0 if sampling.temperature else 0.0))
+
+
+def _own(prompt: Prompt) -> Sequence[int]:
+    return prompt.tokens
+
+
+def _of_the_teacher(prompt: Prompt) -> Sequence[int]:
+    return prompt.tokens if prompt.teacher_tokens is None else prompt.teacher_tokens
 
 
 def _nothing() -> None:

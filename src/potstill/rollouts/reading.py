@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from potstill.errors import ModelError
 from potstill.head import Head, LowRank
 from potstill.models.causal_lm import CausalLM
+from potstill.models.loading import longest_context
 from potstill.rollouts.growing import forget, let_grow
 
 
@@ -26,6 +27,17 @@ def require_cache(model: CausalLM) -> None:
             f"{model.name}: {type(model.inner).__name__} keeps no key-value cache, so it cannot write here; "
             "use rollouts.generator.kind: vllm"
         )
+
+
+def reach(model: CausalLM) -> int | None:
+    """The tokens that a model can read at all, where it looks its positions up in a table; None where it computes them."""
+    longest = longest_context(model.inner.config)
+    if longest is None:
+        return None
+    read = model.inner.get_input_embeddings()
+    tables = [module for module in model.trunk.modules() if isinstance(module, nn.Embedding) and module is not read]
+    # OPT keeps two rows before the first position.
+    return longest if any(longest <= table.num_embeddings <= longest + 2 for table in tables) else None
 
 
 class Voice:

@@ -1,0 +1,114 @@
+"""The local generator on models that something is done to: adapters, autocast, quantised weights; and on two trained ones."""
+
+import pytest
+import torch
+
+from potstill.models.adapters import add_lora
+from potstill.models.causal_lm import CausalLM
+from potstill.models.config import LoraConfig
+from potstill.rollouts.local import LocalGenerator
+from potstill.rollouts.writing import Prompt, Sampling, seed_of
+from tiny import tiny_llama
+
+STOPS = [2, 50, 51]
+
+
+def _tokens(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(3, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+PROMPTS = [Prompt(_tokens(length, row), seed_of(0, row)) for row, length in enumerate((5, 1, 9, 3, 12, 7))]
+
+
+def _generator(model, **changes) -> LocalGenerator:
+    return LocalGenerator(CausalLM(model, 96), **{"stop_ids": STOPS, "pad_token": 0, **changes})
+
+
+def _greedy_by_transformers(model, prompts: list[Prompt], count: int) -> list[list[int]]:
+    """One prompt at a time, so that no padding is in it either."""
+    answers = []
+    for prompt in prompts:
+        given = torch.tensor([prompt.tokens])
+        found = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
+            eos_token_id=STOPS, pad_token_id=0,
+        )
+        answers.append(found[0, len(prompt.tokens) :].tolist())
+    return answers
+
+
+def _log_probs_of(model, prompt: Prompt, answer) -> torch.Tensor:
+    """Of the drawn tokens by one forward pass over prompt and answer without a cache, float64 from the logits on: [T]."""
+    tokens = torch.tensor([prompt.tokens + answer.tokens])
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1, :96]
+    return logits.double().log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)]
+
+
+def _adapted(seed: int, head: bool = True):
+    torch.manual_seed(seed)
+    targets = ["q_proj", "v_proj", *(["lm_head"] if head else [])]
+    model = add_lora(tiny_llama(vocabulary_size=128), LoraConfig(rank=4, targets=targets, dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def test_an_adapter_on_trunk_and_head_is_heard():
+    model = _adapted(0).train()
+    answers = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
+    model.eval()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("ambient", [True, False])
+def test_narrow_weights_are_read_as_training_reads_them(ambient):
+    """Under autocast as it stands; where nobody has said it and the adapter alone is wide, to the frozen weights' type."""
+    from contextlib import nullcontext
+
+    if ambient:
+        model = tiny_llama(vocabulary_size=96)
+    else:
+        model = _adapted(0, head=False)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if "lora" in name else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16) if ambient else nullcontext():
+        answers = _generator(model.eval()).generate(PROMPTS, Sampling(max_new_tokens=12))
+    with torch.autocast("cpu", torch.bfloat16):
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=0.05)
+    wide = _generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=12))
+    assert [answer.log_probs for answer in wide] != [answer.log_probs for answer in answers]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_write_what_a_forward_pass_says(bits, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(vocabulary_size=96, width=64).save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, dtype=torch.float32)
+    answers = _generator(model).generate(PROMPTS[:3], Sampling(max_new_tokens=8))
+    # LLM.int8 rounds activations by what stands beside them in the batch.
+    for prompt, answer in zip(PROMPTS, answers, strict=False):
+        assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=0.05 if bits == 8 else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["stories260K-llama-hf", "tinystories-279K-llama-hf"])
+def test_trained_models_write_as_transformers_does(name, shared_data):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(shared_data / "models" / name).eval()
+    size = model.config.vocab_size
+    prompts = [Prompt(tuple(token % size for token in prompt.tokens), prompt.seed) for prompt in PROMPTS]
+    found = LocalGenerator(CausalLM(model, size), stop_ids=STOPS, pad_token=0).generate(prompts, Sampling(temperature=0, max_new_tokens=32))
+    assert [list(answer.tokens) for answer in found] == _greedy_by_transformers(model, prompts, 32)
+    drawn = LocalGenerator(CausalLM(model, size), stop_ids=STOPS, pad_token=0).generate(prompts, Sampling(max_new_tokens=32))
+    for prompt, answer in zip(prompts, drawn, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt.tokens + answer.tokens]), use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]
+        expected = logits.double().log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)]
+        assert list(answer.log_probs) == pytest.approx(expected.tolist(), abs=3e-5)
