@@ -71,15 +71,17 @@ def counts(place: Path, name: str = "out.jsonl") -> dict:
 
 
 def test_every_row_gets_the_answer_and_keeps_the_rest(place, capsys):
-    assert generate(place, "generate.filters.cut=keep", "generate.samples=2", "generate.filters.same=keep") == 0
+    settings = ["generate.samples=2", "generate.filters={cut: keep, same: keep}", "generate.sampling={max_new_tokens: 3}"]
+    assert generate(place, *settings) == 0
     rows = out(place)
     assert [row["sample"] for row in rows] == [0, 1] * len(ROWS)
     for row, source in zip(rows, [row for row in ROWS for _ in range(2)], strict=True):
         assert {**row, "output": "", "finish_reason": ""} == {**source, "output": "", "finish_reason": "", "sample": row["sample"]}
-        assert row["output"] in SAYS or row["finish_reason"] == "length"
+        assert row["finish_reason"] == ("length" if row["output"] in ("The answer.", "The answer 42", " 42 42 42") else "stop")
+        assert row["output"] in SAYS
     said = counts(place)
     assert (said["rows"], said["prompts"], said["answers"], said["kept"]) == (7, 7, 14, 14)
-    assert said["cut"] == sum(row["finish_reason"] == "length" for row in rows)
+    assert 0 < said["cut"] == sum(row["finish_reason"] == "length" for row in rows) < 14
     assert "14 of 14 answers to 7 prompts kept" in capsys.readouterr().out
 
 
@@ -160,6 +162,28 @@ def test_the_teacher_reads_its_own_prompt_and_the_row_keeps_the_students(place, 
     assert stated["prompts"]["digest"] != plain["prompts"]["digest"]
     assert "The answer is It is" not in (place / "out.jsonl").read_text()
     assert [row["instruction"] for row in out(place)] == [row["instruction"] for row in out(place, "plain.jsonl")]
+
+
+TURNS = (
+    "{%- for m in messages %}{%- if m['role'] == 'assistant' %}{% generation %}{{- ' ' + m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{- 'User: ' + m['content'] + '\\nBot:' }}{%- endif %}{%- endfor %}"
+)
+
+
+def test_a_template_decides_what_ends_an_answer_and_which_blank_begins_it(place, models):
+    """The turn ends with a token that is no EOS, and the template itself writes the blank that the model's first token has."""
+    shutil.copytree(models / "teacher", place / "other")
+    save_bigram(place / "other", {":": {" answer": 1.0}, " answer": {".": 1.0}})
+    (place / "turns.jinja").write_text(TURNS)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        text = (place / "other" / name).read_text()
+        text = text.replace('"eos_token_id": 2', '"eos_token_id": 0').replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
+        (place / "other" / name).write_text(text)
+    settings = [f"data.chat_template={place}/turns.jinja", f"teacher.path={place}/other", f"data.train={place}/plain.jsonl"]
+    write(place / "plain.jsonl", [{key: row[key] for key in ("instruction", "input", "output")} for row in ROWS])
+    assert generate(place, *settings) == 0
+    assert {row["output"] for row in out(place)} == {"answer."}
+    assert counts(place)["kept_but_read_otherwise"] == 0
 
 
 # ---------------------------------------------------------------- filters

@@ -91,7 +91,7 @@ def generate_recipe(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
     if isinstance(writer.config, LocalTeacherConfig) and writer.config.sharded and ranks.world_size > 1:
         raise UsageError("teacher.sharded: each rank writes answers of its own, so each holds the whole teacher; leave it out")
     asked = ask(recipe.data, config, writer, seed=recipe.run.seed)
-    writer = replace(writer, stop_ids=tuple(dict.fromkeys([*writer.stop_ids, *_ends_of_rows(writer, asked)])))
+    writer = replace(writer, stop_ids=tuple(dict.fromkeys([*writer.stop_ids, *_ends_of_rows(asked)])))
     checker = None if config.filters.checker is None else make_checker(config.filters.checker, CHECKER_KEY)
     if config.filters.checker in CHECKERS:
         _require_references(asked.questions, config)
@@ -162,12 +162,12 @@ def ask(data: DataConfig, config: GenerateConfig, writer: Writer, *, seed: int) 
     return Asked(fitting, renderer, sum(len(rows) for _, rows in sources), len(rejects.items), len(found) - len(fitting))
 
 
-def _ends_of_rows(writer: Writer, asked: Asked) -> list[int]:
+def _ends_of_rows(asked: Asked) -> list[int]:
     """The special token that an answer of these rows ends with: a chat template may end a turn with one of its own."""
     question = asked.questions[0]
     (read,) = as_trained([(answered(question, "Answer", ended=True, sample=0), question.reading)], asked.renderer)
     last = read.tokens[read.spans[-1][1] - 1] if isinstance(read, Rendered) and read.spans else None
-    return [last] if last in writer.tokenizer.all_special_ids and last is not None else []
+    return [last] if last in asked.renderer.ending_ids and last is not None else []
 
 
 def _require_references(found: Sequence[Question], config: GenerateConfig) -> None:
