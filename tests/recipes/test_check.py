@@ -81,3 +81,38 @@ def test_content_cannot_command_the_terminal(place, capsys):
     assert "\\x1b]0;owned" in shown.out
     assert "\x1b]" not in shown.out
     assert "\x1b[2J" not in shown.out
+
+
+def test_check_tells_who_writes_and_refuses_prompts_without_room(place, capsys):
+    given = "rollouts={author: mixture, student: 0.25, others: teacher, sampling: {max_new_tokens: 16, top_p: 0.9}}"
+    assert potstill("check", place / "r.yaml", given) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "at each step the student, with probability 0.25, or the teacher",
+        "on its own text 1 x forward_kl + 0 x cross-entropy",
+        "prompts 32, the longest of 22 tokens",
+        "temperature 1, top_p 0.9; up to 16 new tokens",
+        "its answers end with <|im_end|>",
+        "up to 4 answers side by side",
+    ):
+        assert said in shown, said
+    for command in ("check", "distill"):
+        wide = given.replace("16", "80")
+        assert potstill(command, place / "r.yaml", wide, f"run.folder={place}/never") == 2
+        assert "rollouts.prompt_too_long to drop or truncate_left" in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
+def test_an_end_that_the_teacher_does_not_know_is_refused_before_a_model_is_loaded(place, capsys, monkeypatch):
+    other = place / "goes-on"
+    save_pair(other, 0)
+    stops = json.loads((other / "generation_config.json").read_text()) | {"eos_token_id": [2, 0]}
+    (other / "generation_config.json").write_text(json.dumps(stops))
+    monkeypatch.setattr("potstill.recipes.assemble.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    given = (f"student.path={other}", "rollouts={author: student, sampling: {max_new_tokens: 16}}", f"run.folder={place}/never")
+    for command in ("check", "distill"):
+        assert potstill(command, place / "r.yaml", *given) == 2
+        error = capsys.readouterr().err
+        assert "rollouts.foreign_end: an answer may end with '<|endoftext|>'" in error
+    assert potstill("check", place / "r.yaml", *given, "rollouts.foreign_end=mask") == 0
+    assert "at which one of both goes on: left out" in " ".join(capsys.readouterr().out.split())

@@ -20,11 +20,13 @@ from potstill.errors import UsageError
 from potstill.models.footprint import Footprint, Workload, predict_student, predict_teacher
 from potstill.objectives.catalogue import scales_by_temperature_squared
 from potstill.recipes.check_teachers import answer_words, cache_rows, capture_rows, model_words, server_rows, short, teacher_rows
+from potstill.recipes.check_writers import author_words, beside_words, longest_written, student_text_words, writing_rows
 from potstill.recipes.fitting import members
 from potstill.recipes.preparation import Preparation, Reader, prepare_data, read_models, refuse_too_short
 from potstill.recipes.recorded import Readers, open_caches, refuse_foreign_caches, settle
-from potstill.recipes.schema import Recipe
+from potstill.recipes.schema import ObjectiveConfig, Recipe
 from potstill.recipes.words import gib, in_words, printable
+from potstill.recipes.writing import prepare_writing
 from potstill.teachers.cached import CachedTeacher
 from potstill.teachers.config import LocalTeacherConfig, ServerTeacherConfig
 from potstill.training.feeding import Rows
@@ -71,10 +73,12 @@ def check(recipe: Recipe, console: Console | None = None) -> int:
     _show_pipeline(console, recipe, preparation, cost)
     _show_example(console, preparation)
     _show_rows(console, preparation.data)
+    if written := writing_rows(recipe, preparation):
+        _section(console, "Text that is written", written)
     _show_readers(console, preparation)
     if readers:
         _section(console, "Recorded answers", [row for key in readers for row in cache_rows(recipe, key, readers[key], preparation)])
-    for key, member in members(recipe.teacher) if recipe.objective.asks_teacher else ():
+    for key, member in members(recipe.teacher) if recipe.asks_teacher else ():
         if isinstance(member, ServerTeacherConfig):
             _section(console, f"Server ({short(key)})", server_rows(member, preparation, findings.problems))
     if recipe.capture is not None and recipe.objective.asks_teacher and not readers:
@@ -99,7 +103,9 @@ def examine(recipe: Recipe, readers: Readers, findings: Findings) -> Preparation
     if data.shared_rows:
         shared = in_words(data.shared_rows, "validation row")
         findings.notes.append(f"{shared} also in the training set: the validation loss flatters")
-    preparation = Preparation(student, teachers, comparison, data, ids)
+    found = [Preparation(student, teachers, comparison, data, ids)]
+    _collect(findings, lambda: found.append(prepare_writing(recipe, found[0])))
+    preparation = found[-1]
     cached: dict[str, CachedTeacher] = {}
     _collect(findings, lambda: cached.update(refuse_foreign_caches(recipe, readers, preparation)))
     return replace(preparation, cached=cached)
@@ -126,7 +132,7 @@ def predict(recipe: Recipe, preparation: Preparation, findings: Findings) -> Cos
         )
     if steps_per_epoch and steps > 0 and training.steps and steps > 20 * steps_per_epoch:
         findings.notes.append(f"training.steps: {steps} go over the data {steps / steps_per_epoch:.0f} times")
-    row_tokens = max(rows.lengths, default=0)
+    row_tokens = max([*rows.lengths, longest_written(recipe, preparation)])
     work = Workload(training.batch_size, max(row_tokens, 2), training.precision)
     footprints: dict[str, Footprint] = {}
 
@@ -174,36 +180,41 @@ def _show_pipeline(console: Console, recipe: Recipe, preparation: Preparation, c
     learned = f"{cost.student.trainable:,} of them learn" if cost.student and student.lora else None
     rows = [
         ("student", model_words(student.path, cost.student, lora, learned, student.quantization)),
-        ("who writes the text", f"the data set: {', '.join(item.path for item in recipe.data.sources)} ({recipe.data.format})"),
+        ("who writes the text", author_words(recipe)),
     ]
-    if teacher is None or not objective.asks_teacher:
-        why = "nothing: there is none" if teacher is None else "nothing: the divergence weighs 0, so it is not loaded"
+    if teacher is None or not recipe.asks_teacher:
+        why = "nothing: there is none" if teacher is None else "nothing: the divergence weighs 0"
+        why += "" if teacher is None else ", and it only writes" if recipe.uses_teacher else ", so it is not loaded"
         rows += [("the teacher answers", why), ("loss", f"cross-entropy of the targets over {size:,} tokens, {objective.reduction}")]
     else:
         rows[1:1] = teacher_rows(recipe, cost.teachers)
         rows += [
             ("the teacher answers", answer_words(recipe)),
             ("positions", "the same in both: one tokenizer, one rendering, the student's"),
-            ("outcomes", _outcomes(recipe, size)),
-            ("distance", _distance(recipe)),
+            ("outcomes", _outcomes(objective, size)),
+            ("distance", _distance(objective)),
         ]
+    own, beside = student_text_words(recipe, _distance), beside_words(recipe.rollouts)
+    rows += [(name, said) for name, said in (("on its own text", own), ("plain text beside", beside)) if said is not None]
     rows.append(("written to", recipe.run.folder))
     _section(console, "Pipeline", rows)
 
 
-def _outcomes(recipe: Recipe, size: int) -> str:
-    parameters = recipe.objective.parameters
+def _outcomes(objective: ObjectiveConfig, size: int) -> str:
+    parameters = objective.parameters
     return {
         "full": f"the full vocabulary, {size:,} tokens",
         "top_k_tail": f"the teacher's {parameters.get('top_k')} most likely tokens, and one for all others",
         "top_k_renormalised": f"the teacher's {parameters.get('top_k')} most likely tokens, renormalised",
         "samples": f"{parameters.get('num_samples')} tokens drawn from the teacher",
         "projected": "the teacher's probabilities on the student's frozen head: the full vocabulary, exactly",
-    }.get(recipe.objective.support, recipe.objective.support)
+        "student_top_k_tail": f"the student's {parameters.get('top_k')} most likely tokens, and one for all others",
+        "written": "the token that was drawn",
+    }.get(objective.support, objective.support)
 
 
-def _distance(recipe: Recipe) -> str:
-    objective, (kd_weight, sft_weight) = recipe.objective, recipe.objective.weights
+def _distance(objective: ObjectiveConfig) -> str:
+    kd_weight, sft_weight = objective.weights
     parameters = ", ".join(f"{name} {value}" for name, value in objective.parameters.items())
     squared = scales_by_temperature_squared(
         objective.scale_by_temperature_squared, objective.divergence, sft_weight, objective.temperature

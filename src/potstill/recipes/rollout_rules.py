@@ -179,7 +179,7 @@ def _student_text(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
     follows_loss = rollouts.author == "replay" and rollouts.replay.schedule == "distillm" and rollouts.replay.start == 0
     if follows_loss and recipe.data.validation is None:
         raise ValueError(
-            "rollouts.replay.schedule: distillm lets the student write once the validation loss has risen, and there is no data.validation; "
+            "rollouts.replay.schedule: distillm lets the student write once the validation loss has risen, and there is no validation set; "
             "give one, or a rollouts.replay.start above 0"
         )
     _generator(recipe, rollouts)
