@@ -4,6 +4,7 @@ docs/methods/on_policy_peers.md says where it is not.
 """
 
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ from potstill.batch import Example
 from potstill.data.collation import collate
 from potstill.head import Head
 from potstill.objectives.distribution import DistributionMatching
-from potstill.signals import FullOutcomes, TeacherSignal
+from potstill.objectives.fused import fused_loss
+from potstill.objectives.policy import PolicyGradient
+from potstill.signals import FullOutcomes, TargetOutcomes, TeacherSignal
 from tiny import tiny_llama
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -94,6 +97,51 @@ def test_trl_distillation_trainer(divergence, parameters, beta, monkeypatch):
     loss, _, count = trainer_class._compute_loss(trainer, student, inputs, None)
     assert int(count) == sum(len(answer) for _, answer in texts())
     torch.testing.assert_close(ours(divergence, parameters), gradients(loss, student), rtol=1e-4, atol=1e-6)
+
+
+def rows_of_one_answer():
+    """Logits of one answer of eleven tokens on both sides, a prompt's end masked, and the written tokens."""
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.randn(1, 11, V, generator=generator) for _ in range(2))
+    tokens = torch.randint(0, V, (1, 11), generator=generator)
+    return student.requires_grad_(), teacher, tokens, torch.where(torch.arange(11) < 2, -100, tokens)
+
+
+def iw_opd(monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not place.endswith("tests")])
+    return pytest.importorskip("trl.experimental.iw_opd.iw_opd_trainer").IWOPDTrainer
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_trl_on_the_students_most_likely_tokens(top_k, monkeypatch):
+    """Reverse KL on the student's top K and a tail bucket; its tail is one minus a clamped sum."""
+    student, teacher, _, labels = rows_of_one_answer()
+    loss = iw_opd(monkeypatch).generalized_jsd_loss(student, teacher, labels=labels, beta=1.0, top_k=top_k)
+    wanted = (loss.detach(), torch.autograd.grad(loss, student)[0])
+    rows, eye = student[0, 2:], torch.eye(V)
+    mine = fused_loss(
+        rows, Head(eye), FullOutcomes(teacher[0, 2:], Head(eye)), labels[0, 2:], divergence="reverse_kl", kd_ratio=1.0,
+        support="student_top_k_tail", parameters={"top_k": top_k},
+    ).total / 9  # fmt: skip
+    torch.testing.assert_close((mine.detach(), torch.autograd.grad(mine, student)[0]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_trl_iw_opd(monkeypatch):
+    """Its gradient is that of written tokens weighed by position; its value is a constant times log q and no divergence."""
+    trainer = SimpleNamespace(
+        temperature=1.0, iw_opd_gamma=0.5, iw_opd_epsilon=1e-8, model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    student, teacher, tokens, labels = rows_of_one_answer()
+    at_token = teacher.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    loss = iw_opd(monkeypatch)._compute_iw_opd_loss(trainer, student, tokens, labels, at_token)
+    (wanted,) = torch.autograd.grad(loss, student)
+    example = Example([7, *tokens[0].tolist()], [False] * 3 + [True] * 9, 0, log_probs=[0.0] * 12)
+    objective = PolicyGradient(support="written", token_weight="position", ratio="none")
+    signal = TeacherSignal(TargetOutcomes(at_token[0, 2:]))
+    mine = objective.total(student[0, 2:], Head(torch.eye(V)), signal, collate([[example]], pad_token=PAD)).total / 9
+    torch.testing.assert_close(torch.autograd.grad(mine, student)[0], wanted, rtol=1e-4, atol=1e-6)
+    assert mine.item() != pytest.approx(loss.item(), rel=0.1)
 
 
 def test_the_papers_mean_over_responses_is_another_number_than_trls_mean_over_tokens():
