@@ -367,3 +367,41 @@ def test_the_log_says_what_was_learned_from():
 def test_a_stream_that_nobody_writes_is_our_mistake():
     with pytest.raises(ValueError, match="nobody here writes the stream teacher"):
         _author().write("teacher", [1], 0)
+
+
+def test_ratios_to_replayed_text_are_of_the_student_as_it_is_now():
+    """One with the weights that wrote it; afterwards q_now(y) / q_then(y), by a forward pass that knows neither buffer nor loss."""
+    from potstill.data.collation import collate
+    from potstill.objectives.policy import PolicyGradient
+    from potstill.rollouts.local import LocalGenerator
+    from small_runs import STOPS, VOCABULARY, make_student, make_teacher
+
+    student, teacher = make_student("plain"), make_teacher()
+    writer = Writer(
+        Prompts(ROWS, max_tokens=64, max_new_tokens=8), LocalGenerator(student, stop_ids=STOPS, pad_token=0), Sampling(max_new_tokens=8),
+        Endings(STOPS), seed=3, by="student",
+    )  # fmt: skip
+    author = ReplayAuthor(writer, None, ReplayConfig(start=1.0, capacity=4), seed=3, num_steps=4, group=Alone())
+    author.write("student", [0, 1, 2, 3], 0)
+    author.step_done(1)
+    step = next(step for step in range(1, 4) if author.branch(step) == "replayed")
+    objective = PolicyGradient(support="written", ratio="truncate", ratio_limit=1e6, vocabulary_size=VOCABULARY)
+
+    def ratios():
+        batch = collate([[example] for example in author.write("student", [9, 5, 7, 6], step)], pad_token=0)
+        signal = teacher.score(batch, objective.needs)
+        with torch.no_grad():
+            by_row = objective.total(student.rows(batch), student.head(), signal, batch).by_row
+            logits = student.inner(batch.tokens).logits[..., :VOCABULARY].double().log_softmax(-1)
+        rows, targets = batch.target_rows()
+        now = logits.reshape(-1, VOCABULARY)[rows, targets]
+        assert batch.log_probs is not None
+        return by_row["importance"].double(), (now - batch.at_targets(batch.log_probs).double()).exp()
+
+    found, _ = ratios()
+    assert torch.allclose(found, torch.ones_like(found), atol=1e-4)
+    with torch.no_grad():
+        student.inner.lm_head.weight.add_(torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(1)), alpha=0.02)
+    found, expected = ratios()
+    assert (found - 1).abs().max() > 0.05
+    assert torch.allclose(found, expected, rtol=1e-4)
