@@ -42,7 +42,8 @@ class VllmGenerator:
 
     `stop_ids` are the only ids that end an answer. `vocabulary_size` counts the ids that the student knows: an answer is cut before
     another one. `student` is needed unless weights are fixed, `folder` for adapter and reload where the recipe names none; it belongs
-    to this generator alone. `group`: the ranks, each of which makes a generator and calls it equally often; the first sends weights.
+    to this generator alone. `group`: the ranks, each of which makes a generator and, unless weights are fixed, calls it equally often;
+    the first sends weights.
     `writer`: whose model the server has. A teacher's never changes; its section and not rollouts.generator stands in messages, and its
     log-probabilities are what the server states, since nobody corrects by them.
 
@@ -168,27 +169,30 @@ class VllmGenerator:
         self._asker.refuse(prompts, sampling)
         if self._writer == "student":
             refuse_inexact(self._asker, sampling)
+        weights = self._weights
+        if weights is None:
+            return [self._of_ours(completion) for completion in self._loop.run(self._asker.write(prompts, sampling))]
         for _ in range(_TRIES):
-            if self._anywhere(self._is_lost()) and self._weights is not None:
+            if self._anywhere(self._is_lost(weights)):
                 if self._tag is not None:
                     _log.warning(f"{self.name} has lost the student's weights (was it started again?); they are sent anew")
-                self._send(self._weights)
+                self._send(weights)
             unanswered, completions, failure = self._asker.pool.failures, [], None
             try:
                 completions = self._loop.run(self._asker.write(prompts, sampling))
             except ServerError as error:
                 failure = error
             doubtful = failure is not None or self._asker.pool.failures > unanswered
-            if self._anywhere(doubtful) and self._anywhere(self._is_lost()):
+            if self._anywhere(doubtful) and self._anywhere(self._is_lost(weights)):
                 continue
             if failure is not None:
                 raise failure
             return [self._of_ours(completion) for completion in completions]
         raise GeneratorError(f"{self.name} has lost the student's weights {_TRIES} times while it wrote; look into the server's log")
 
-    def _is_lost(self) -> bool:
+    def _is_lost(self, weights: Weights) -> bool:
         """Whether the server has not, or no longer, the weights that it was sent last."""
-        return self._weights is not None and (self._tag is None or not self._weights.is_there(self._tag))
+        return self._tag is None or not weights.is_there(self._tag)
 
     def _of_ours(self, completion: Completion) -> Completion:
         return replace(within(completion, self._vocabulary_size), version=self._version)
