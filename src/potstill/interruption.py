@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
@@ -19,16 +20,21 @@ class SignalWatch:
     """
 
     def __init__(self, doing: str = "committing a checkpoint"):
-        self.received = 0
+        self.received, self._since = 0, 0.0
         self._doing = doing
         self._former: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             os._exit(128 + number)
-        self.received = number
+        self.received, self._since = number, time.monotonic()
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: {self._doing}, then leaving; again to leave at once\n")
+
+    @property
+    def seconds(self) -> float:
+        """How long ago the first signal came; 0 while there was none."""
+        return time.monotonic() - self._since if self.received else 0.0
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is threading.main_thread():

@@ -175,3 +175,26 @@ def test_a_student_whose_weights_are_broken_is_not_asked_to_learn_what_it_wrote(
         next(distiller.student.parameters()).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="no finite log-probability"):
         execute(STUDENT, tmp_path / "run", distiller=distiller)
+
+
+def test_what_cannot_be_written_costs_no_step_that_was_taken(tmp_path, monkeypatch):
+    """A server that is gone for good, in the third writing: two steps are committed though no checkpoint was due."""
+    from potstill.errors import OutageError
+    from potstill.rollouts.local import LocalGenerator
+
+    inner, calls = LocalGenerator.generate, []
+
+    def failing(generator, prompts, sampling):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise OutageError("away for too long")
+        return inner(generator, prompts, sampling)
+
+    run = STUDENT.but(save_steps=100)
+    monkeypatch.setattr(LocalGenerator, "generate", failing)
+    with pytest.raises(OutageError):
+        execute(run, tmp_path / "run")
+    monkeypatch.undo()
+    resumed, summary = execute(run, tmp_path / "run")
+    assert summary.resumed_from == 2
+    assert digest(weights(resumed)) == digest(weights(execute(run, tmp_path / "straight")[0]))

@@ -5,6 +5,8 @@ saved and when a step is refused. The mathematics is in `objectives`, the order 
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -68,7 +70,6 @@ class DistillationTrainer(Trainer):
         self.measures = Measures()
         self.grad_norm: float = math.nan
         self.begun = False
-        self.asked: float | None = None
         # The Trainer only asks these whether they are there and how long they are.
         super().__init__(distiller, args, train_dataset=feed.training, eval_dataset=feed.validation, callbacks=callbacks)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
@@ -134,18 +135,13 @@ class DistillationTrainer(Trainer):
     def write(self) -> list[Turn]:
         """This rank's turns of the window. Text is written within the wrapped module's forward: under FSDP2 the root's parameters are
         whole only there, and the precision is that of training."""
-        turns: list[Turn] = []
-
-        def write() -> None:
-            turns.extend(self.feed.turns(self.window, self.ranks.rank, self.ranks.world_size))
-
+        share, turns = (self.window, self.ranks.rank, self.ranks.world_size), []
         if self.feed.author is None:
-            write()
-        else:
-            assert self.model_wrapped is not None
-            with torch.no_grad():
-                self.model_wrapped(None, None, write=write)
-            reshard(self.distiller)
+            return self.feed.turns(*share)
+        assert self.model_wrapped is not None
+        with self.committed_before(PotstillError), torch.no_grad():
+            self.model_wrapped(None, None, write=lambda: turns.extend(self.feed.turns(*share)))
+        reshard(self.distiller)
         return turns
 
     def count(self, turn: Turn) -> int:
@@ -161,12 +157,20 @@ class DistillationTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def answer(self, batch: Batch, needs: Needs) -> TeacherSignal:
-        """What the teacher says; where it is gone for good, the last completed step is committed before that is said."""
+        """What the teacher says."""
         if self.teacher is None or needs.outcomes == "nothing":
             return TeacherSignal()
-        try:
+        with self.committed_before(OutageError, TeacherError):
             return self.teacher.score(batch.teacher_view or batch, needs)
-        except (OutageError, TeacherError):
+
+    @contextmanager
+    def committed_before(self, *failures: type[PotstillError]) -> Iterator[None]:
+        """Where the next step cannot come about, the last one is committed before that is said."""
+        try:
+            yield
+        except NonFiniteError:  # the student's own numbers: nothing to keep
+            raise
+        except failures:
             if self.ranks.world_size == 1:  # a commit is the work of all ranks, and the others are elsewhere
                 self.commit()
             raise
@@ -183,10 +187,8 @@ class DistillationTrainer(Trainer):
         """On a signal while text is written. Several ranks go on to the end of it, where they agree and commit, unless it takes long."""
         if self.ranks.world_size == 1:
             self.stop_if_asked()
-        elif self.watch.received:
-            self.asked = self.asked or time.monotonic()
-            if time.monotonic() - self.asked > PATIENCE:
-                self.break_off_if_asked()
+        elif self.watch.seconds > PATIENCE:
+            self.break_off_if_asked()
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None):
         """total / count of the window. DDP and FSDP2 average gradients over ranks, where the sum is meant: hence the world size."""
@@ -283,7 +285,7 @@ class DistillationTrainer(Trainer):
         reshard(self.distiller)
         self.progress.evaluation_pending = False
         if self.feed.author is not None:
-            self.feed.author.validated(total)
+            self.feed.author.validated(cross_entropy)
         self.measures.pause(metrics[f"{metric_key_prefix}_seconds"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
