@@ -22,6 +22,8 @@ RUN = Run(num_examples=14, num_validation=4).but(
 )
 REPLAY = {"capacity": 7, "start": 0.6, "rise": 0.2, "margin": 0.065}
 NEW_TOKENS = 8
+# What two ranks do.
+RANKS = {"ddp": RUN, "fsdp": RUN.but(fsdp=True)}
 
 
 def make_parts(run: Run, ranks, replay=None):
@@ -49,7 +51,8 @@ def make_parts(run: Run, ranks, replay=None):
         {"dataset": skew(0.5), "student": skew(1.0), "text": Likelihood(vocabulary_size=VOCABULARY)},
     )
     rows, teacher = examples(run.num_examples), make_teacher()
-    generator = LocalGenerator(distiller.student, stop_ids=STOPS, pad_token=0, batch_size=3)
+    agree = (lambda more: ranks.largest([more])[0] > 0) if run.config().fsdp and ranks.world_size > 1 else None
+    generator = LocalGenerator(distiller.student, stop_ids=STOPS, pad_token=0, batch_size=3, agree=agree)
     writer = Writer(
         Prompts(rows, max_tokens=64, max_new_tokens=NEW_TOKENS), generator, Sampling(max_new_tokens=NEW_TOKENS), Endings(STOPS),
         seed=run.seed, by="student", group=ranks, keep_texts=1, decode=str,
@@ -86,8 +89,9 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    trained, memory, _ = execute(folder / "run", writer=rank == 0)
-    (folder / f"state-{rank}.json").write_text(json.dumps(plain(memory)))
-    found = weights(trained)
-    if rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "weights.safetensors")
+    for name, run in RANKS.items():
+        trained, memory, _ = execute(folder / name, run=run, writer=rank == 0)
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(plain(memory)))
+        found = weights(trained)
+        if rank == 0:
+            save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / f"{name}.safetensors")

@@ -17,7 +17,7 @@ from faultfs import without_syncing
 from potstill.errors import ConfigError, DataError, InterruptedRun
 from potstill.rollouts.author import Alone
 from potstill.run_folder import RunFolder
-from replayed_runs import REPLAY, RUN, execute, make_parts, plain
+from replayed_runs import RANKS, REPLAY, RUN, execute, make_parts, plain
 from small_runs import digest, examples, furthest, weights
 
 WORKER = Path(__file__).resolve().parents[1] / "replayed_runs.py"
@@ -188,19 +188,27 @@ def test_without_what_the_checkpoint_holds_the_run_is_another(part, unbroken, tm
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.slow
-def test_two_ranks_are_one_process(unbroken, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(tmp_path)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Path:
+    """The folder in which two ranks have left their runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    states = [json.loads((tmp_path / f"state-{rank}.json").read_text()) for rank in range(2)]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_are_one_process(name, ranks, unbroken):
+    states = [json.loads((ranks / f"{name}-{rank}.json").read_text()) for rank in range(2)]
     assert states[0]["integers"] == states[1]["integers"] == unbroken[1]["integers"]
     assert states[0]["floats"] == states[1]["floats"] == pytest.approx(unbroken[1]["floats"], abs=1e-4)
     assert states[0]["schedule"] == states[1]["schedule"]
     assert states[0]["schedule"] == pytest.approx(unbroken[1]["schedule"], abs=1e-4)
     # Twelve steps of 0.05 blow up what the ranks' sums differ by in their last bits.
-    assert furthest(load_file(tmp_path / "weights.safetensors"), unbroken[0]) < 5e-5
+    assert furthest(load_file(ranks / f"{name}.safetensors"), unbroken[0]) < 5e-5
     assert furthest(unbroken[0], weights(make_parts(RUN, Alone())[0])) > 0.1
 
 
