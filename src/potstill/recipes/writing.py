@@ -103,7 +103,9 @@ def _stops(config: LoadingConfig, reader: Reader) -> set[int]:
 
 def _ends_of_rows(preparation: Preparation) -> set[int]:
     """The special tokens that answers of the training set end with: a chat template may end a turn with one of its own."""
-    special = set(preparation.student.tokenizer.all_special_ids)
+    # Not all_special_ids: Llama 3's <|eot_id|> is an added special token that has no name of its own there.
+    tokenizer = preparation.student.tokenizer
+    special = {*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)}
     found = set()
     for number in range(min(len(preparation.data.train), _LOOKED_AT)):
         example = preparation.data.train[number]
