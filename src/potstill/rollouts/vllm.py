@@ -31,7 +31,7 @@ from potstill.serving.service import Service
 _log = logging.getLogger("potstill")
 # Rows that heads have beyond their tokenizer are padding to a multiple; more are another vocabulary, and are cut off when they come.
 _MOST_BARRED = 1024
-# How far the server may be from the student right after it got its weights, in nats a token of the probe, on average: bfloat16 rounds
+# How far the server may be from the student right after it got its weights, in nats a token that it writes, on average: bfloat16 rounds
 # by some hundredths, 8-bit weights by a tenth or two, and another model is further away.
 _SUSPECT, _OTHER = 0.1, 0.5
 _TRIES = 3
@@ -139,13 +139,16 @@ class VllmGenerator:
             self._compare()
 
     def _compare(self) -> None:
-        """What the server now says of a probe against what the student says. Raises GeneratorError where that is another model."""
+        """What the server now writes against what the student says of it. Raises GeneratorError where that is another model."""
         student = self._student
         if student is None or any(isinstance(parameter, DTensor) for parameter in student.parameters()):
             return  # a sharded student answers only where all ranks ask it
-        ours = probe_log_probs(student, self._asker.probe)
-        theirs = self._loop.run(self._asker.probe_log_probs())
-        distance = sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) / len(ours)
+        written = self._loop.run(self._asker.probe())
+        apart = [
+            abs(one - other) for prompt, completion in zip(self._asker.probes, written, strict=True)
+            for one, other in zip(log_probs_of(student, prompt, completion), completion.log_probs, strict=True)
+        ]  # fmt: skip
+        distance = sum(apart) / len(apart)
         if not distance <= _OTHER:
             raise GeneratorError(
                 f"{self.name} was given the student's weights ({self.config.weights}) and does not write like the student: "
@@ -206,15 +209,15 @@ class VllmGenerator:
 
 
 @torch.no_grad()
-def probe_log_probs(student: CausalLM, probe: Sequence[int]) -> list[float]:
-    """The student's own log-probabilities of the probe's tokens but the first, at temperature 1 over its whole head."""
-    tokens = torch.tensor([list(probe)], device=student.device)
-    places = torch.arange(len(probe), device=student.device)[None]
+def log_probs_of(student: CausalLM, prompt: Prompt, completion: Completion) -> list[float]:
+    """The student's own log-probabilities of a completion's tokens, at temperature 1 over its whole head."""
+    tokens = torch.tensor([prompt.tokens + completion.tokens], device=student.device)
+    places = torch.arange(tokens.shape[1], device=student.device)[None]
     was_training = student.training
     student.eval()
     try:
-        hidden, head = student(Batch(tokens, places, torch.zeros_like(tokens), places > 0))
+        hidden, head = student(Batch(tokens, places, torch.zeros_like(tokens), places >= len(prompt.tokens)))
         log_probs = head.logits(hidden).float().log_softmax(-1)
     finally:
         student.train(was_training)
-    return log_probs.gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+    return log_probs.gather(-1, tokens[0, len(prompt.tokens) :, None])[:, 0].tolist()

@@ -10,7 +10,7 @@ from typing import Any
 from potstill.errors import GeneratorError, IncompatibleError
 from potstill.rollouts import vllm_answers
 from potstill.rollouts.writing import Completion, Prompt, Sampling
-from potstill.serving.endpoint import Endpoint, Unbelievable, clean, keeping
+from potstill.serving.endpoint import Endpoint, clean, keeping
 from potstill.serving.loop import together
 from potstill.serving.pool import Pool
 from potstill.serving.service import Service
@@ -18,7 +18,7 @@ from potstill.serving.strict_json import is_list, is_object, parse
 
 # An answer's size: what stands around it, and what is said of one token, several times over.
 _FRAME_BYTES, _TOKEN_BYTES = 2**20, 512
-_PROBE_TOKENS = 24
+_PROBES, _PROBE_PROMPT, _PROBE_TOKENS = 4, 6, 8
 _SHORT = Prompt((1, 0), seed=0)   # ids that every vocabulary has
 _CERTAIN = -1e-6   # above it a log-probability is that of the only token that could come
 
@@ -33,7 +33,8 @@ class Asker:
         self._name, self._stop_ids = name, tuple(stop_ids)
         self.endpoint = Endpoint(service)
         self.pool = Pool(service, name, self.names)
-        self.probe = tuple((7919 * place + 11) % vocabulary_size for place in range(_PROBE_TOKENS))
+        ids = [(7919 * place + 11) % vocabulary_size for place in range(_PROBES * _PROBE_PROMPT)]
+        self.probes = [Prompt(tuple(ids[number::_PROBES]), seed=number) for number in range(_PROBES)]
         self.barred: tuple[int, ...] = ()
         """Ids that are never to be drawn: rows of the head beyond the vocabulary."""
         self.salt: str | None = None
@@ -95,18 +96,12 @@ class Asker:
         with keeping(body):
             return vllm_answers.read(parse(body), model, prompt, sampling, self._stop_ids)
 
-    async def probe_log_probs(self) -> list[float]:
-        """What the server's weights say of the probe's tokens but the first, at temperature 1."""
-        body = {"model": self.model, "prompt": list(self.probe), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    async def probe(self) -> list[Completion]:
+        """What the server writes after the probes' tokens, at temperature 1 and by fixed seeds.
 
-        async def attempt(seconds: float) -> list[float]:
-            answer = await self.endpoint.post(vllm_answers.PATH, body, seconds=seconds, most_bytes=_FRAME_BYTES)
-            with keeping(answer):
-                choice = is_object(is_list(is_object(parse(answer), "the answer").get("choices"), "choices", 1)[0], "the choice")
-                entries = is_list(choice.get("prompt_logprobs"), "prompt_logprobs", len(self.probe))
-                return [_log_prob(entry, token) for entry, token in zip(entries[1:], self.probe[1:], strict=True)]
-
-        return await self.pool.ask(attempt)
+        Not the log-probabilities of a prompt: vLLM's engine dies of these where adapters are loaded and others ask at the same time.
+        """
+        return await self.write(self.probes, Sampling(max_new_tokens=_PROBE_TOKENS))
 
     # ------------------------------------------------------------ steering
 
@@ -125,13 +120,6 @@ class Asker:
                 return is_object(parse(body), "the answer")
 
         return await self.pool.ask(attempt)
-
-
-def _log_prob(entry: Any, token: int) -> float:
-    cell = is_object(is_object(entry, "an entry").get(str(token)), "what is said of a token")
-    if type(cell.get("logprob")) not in (float, int):
-        raise Unbelievable("a log-probability that is no number")
-    return float(cell["logprob"])
 
 
 def within(completion: Completion, vocabulary_size: int) -> Completion:
