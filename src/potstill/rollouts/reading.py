@@ -51,6 +51,7 @@ class Voice:
         self._narrow = _narrower(model)
         self._head = _cropped(model.head(), vocabulary_size, _computing(self.device) or self._narrow)
         self._through_root = isinstance(model.inner, FSDPModule)
+        self._tall_first = self.device.type == "cpu" and self._head.weight.dtype == torch.float32
 
     def states(self, arguments: dict[str, Any]) -> Any:
         """The trunk's output: `last_hidden_state [B, T, D]` and, where it was asked for, `past_key_values`."""
@@ -71,7 +72,7 @@ class Voice:
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [B, V] of the real tokens, from hidden rows [B, D]."""
         with torch.autocast(self.device.type, enabled=False):
-            return self._head.logits(rows).float()
+            return _tall_first(self._head, rows) if self._tall_first else self._head.logits(rows).float()
 
     def step_along(self, pad_token: int) -> None:
         """One forward over nothing: what a rank without rows does while others, with whom it shares the parameters, read."""
@@ -80,6 +81,15 @@ class Voice:
 
 def _computing(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _tall_first(head: Head, rows: Tensor) -> Tensor:
+    """`head.logits(rows)` with the vocabulary-wide factor on the left, which takes a processor two thirds of the time for a few rows."""
+    first, *others = [right @ left.to(right.dtype).T for left, right in head.factors(rows)]
+    total = sum(others, first)
+    if head.bias is not None:
+        total = total + head.bias[:, None]
+    return head.finish(total).T.contiguous()
 
 
 def _narrower(model: CausalLM) -> torch.dtype | None:
