@@ -317,3 +317,19 @@ def test_a_damaged_recipe_says_what_to_do(tmp_path):
     with pytest.raises(RunFolderError, match="--fresh"):
         RunFolder.open(tmp_path, RECIPE)
     RunFolder.open(tmp_path, RECIPE, fresh=True).close()
+
+
+def test_what_was_written_for_steps_that_are_done_again_is_cut_back_too(tmp_path):
+    """Several lines a step, beside the other logs; a reader sees them, `--fresh` takes them away."""
+    with RunFolder.open(tmp_path / "run", RECIPE) as folder:
+        for step in (1, 2, 3):
+            folder.append_rollouts(step, [{"answer": f"{step}{place}", "log_prob": -float("inf")} for place in "ab"])
+        folder.append_rollouts(4, [])
+        folder.sync_logs()
+        assert folder.cut_back(2) == 1
+        assert [line["answer"] for line in folder.read_rollouts()] == ["1a", "1b", "2a", "2b"]
+        assert folder.read_rollouts()[0] == {"step": 1, "answer": "1a", "log_prob": None}
+    RunFolder.read(tmp_path / "run").append_rollouts(3, [{"answer": "of a reader"}])
+    assert len(RunFolder.read(tmp_path / "run").read_rollouts()) == 4
+    with RunFolder.open(tmp_path / "run", RECIPE, fresh=True) as folder:
+        assert folder.read_rollouts() == []
