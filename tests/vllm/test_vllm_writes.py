@@ -28,6 +28,7 @@ from potstill.signals import Needs, TargetOutcomes
 from potstill.teachers.config import ServerTeacherConfig
 from potstill.teachers.server import ServerTeacher
 from served_vllm import START_SECONDS, VllmServer, free_port, require_vllm
+from small_recipe import potstill, write_small_recipe
 from tiny import save_pair, tiny_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -187,7 +188,7 @@ def test_drawn_tokens_have_the_models_frequencies(server):
 def test_new_weights_take_effect_at_once(server, weights, tmp_path):
     student = llama(5) if weights == "reload" else adapted()
     former = greedy(llama())
-    with writing(server, student, tmp_path, weights) as theirs:
+    with writing(server, student, tmp_path / "w", weights) as theirs:
         for step in range(3):
             theirs.refresh(step)
             answers = theirs.generate(PROMPTS, GREEDY)
@@ -202,7 +203,7 @@ def test_new_weights_take_effect_at_once(server, weights, tmp_path):
                 for parameter in student.parameters():
                     if parameter.requires_grad:
                         parameter.mul_(0.6)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "w").exists()
 
 
 def test_an_adapter_on_another_base_is_noticed(server, tmp_path):
@@ -217,6 +218,22 @@ def test_push_finds_the_workers_and_needs_a_gpu(server):
         assert not theirs._weights.is_there("a tag that nobody has sent")
         with pytest.raises(GeneratorError, match="over NCCL, and the student is on cpu"):
             theirs.refresh(0)
+
+
+def test_a_run_on_its_text_equals_the_run_on_text_written_here(server, tmp_path):
+    """The most likely text, so that both write the same while their weights are the same; the student moves at each step."""
+    recipe = write_small_recipe(tmp_path)
+    save_pair(recipe / "student", 1, **MODEL)
+    losses, far = {}, {"kind": "vllm", "url": server.url, "model": "tiny", "weights": "reload"}
+    for name, generator in (("far", far), ("near", {"kind": "local"})):
+        writes = f"rollouts={{author: student, sampling: {{temperature: 0, max_new_tokens: 12}}, generator: {json.dumps(generator)}}}"
+        assert potstill("distill", recipe / "r.yaml", f"run.folder={recipe / name}", writes, "training.learning_rate=1e-2", "--quiet") == 0
+        lines = [json.loads(line) for line in (recipe / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+        assert [line["rollouts/staleness"] for line in lines if "rollouts/staleness" in line] == [0] * 4
+    assert len(losses["far"]) == 4
+    assert losses["far"] == pytest.approx(losses["near"], abs=1e-4)
+    assert abs(losses["far"][0] - losses["far"][-1]) > 1e-2, "the student did not move, so nothing is shown"
 
 
 # ---------------------------------------------------------------- it scores

@@ -17,7 +17,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from potstill.cache.provenance import NOTES, Provenance
-from potstill.data.answer_columns import Question, answered, open_rows
+from potstill.data.answer_columns import Question, answered, open_rows, refuse_unwritable
 from potstill.data.collation import padding_id
 from potstill.data.config import DataConfig
 from potstill.data.formats import Reading, check_columns
@@ -147,6 +147,7 @@ def ask(data: DataConfig, config: GenerateConfig, writer: Writer, *, seed: int) 
     for item, rows in sources:
         reading = Reading(item.format or data.format, data.columns if item.columns is None else item.columns, data.instruct_prompt)
         rows = check_columns(open_rows(rows, reading), reading, item.path, rejects)
+        refuse_unwritable(rows)
         found += questions(rows, reading, renderer, rejects, config.prompt_tokens, wording)
     room = data.max_tokens - config.sampling.max_new_tokens
     fitting = [question for question in found if len(question.tokens) <= room]
@@ -293,7 +294,7 @@ def make_generator(recipe: Recipe, writer: Writer) -> Generator:
 
 def _as_generator(config: ServerTeacherConfig) -> VllmGeneratorConfig:
     """The same server as one that writes."""
-    shared = ("url", "model", "api_key_env", "concurrency", "request_seconds", "max_outage_seconds")
+    shared = ("url", "model", "api_key_env", "api_key_file", "concurrency", "request_seconds", "max_outage_seconds")
     return VllmGeneratorConfig(kind="vllm", weights="fixed", **{name: getattr(config, name) for name in shared})
 
 

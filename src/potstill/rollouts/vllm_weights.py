@@ -96,7 +96,7 @@ class AdapterWeights:
         return self._named(tag) in self._loop.run(self._asker.pool.ask(self._asker.names))
 
     def close(self) -> None:
-        storage.remove(self._folder / "adapter")
+        _clear(self._folder, "adapter")
 
 
 class ReloadWeights:
@@ -130,7 +130,14 @@ class ReloadWeights:
         return weight_version(self._asker, self._loop) == tag
 
     def close(self) -> None:
-        storage.remove(self._folder / "student")
+        _clear(self._folder, "student")
+
+
+def _clear(folder: Path, name: str) -> None:
+    """What was sent, and the folder where nothing else is in it."""
+    storage.remove(folder / name)
+    if folder.is_dir() and not any(folder.iterdir()):
+        storage.remove(folder)
 
 
 @contextmanager
