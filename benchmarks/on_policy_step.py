@@ -1,6 +1,6 @@
 """An on-policy step as a whole: the student writes, the teacher reads, the student learns. Ours against a bare loop and installed TRL.
 
-    python benchmarks/on_policy_step.py [--threads 1] [--steps 5] [--only floor,generate,ours,gkd,distillation]
+    python benchmarks/on_policy_step.py [--threads 1] [--steps 5] [--only floor,generate,ours,gkd,distillation] [--peers PYTHON]
 
 As in training_step.py each contender has a process of its own and takes a step when it is told to. Student 8M, teacher 30M, vocabulary
 32,000, 8 prompts of 128 tokens and 128 new ones at temperature 1, reverse KL on the new ones, float32, AdamW. Ours also says where its
@@ -9,11 +9,11 @@ time goes: what is outside of writing, of the teacher's forward and of the stude
 
 import argparse
 import contextlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from training_step import BATCH, VOCABULARY, Contender, Gate, _gated, make_models, measure
@@ -26,6 +26,7 @@ CONTENDERS = {
     "gkd": "TRL GKDTrainer, lmbda 1",
     "distillation": "TRL DistillationTrainer",
 }
+PEERS = ("gkd", "distillation")
 PARTS = {"writing": "writing", "teacher": "teacher's forward", "student": "student's forward, loss and backward"}
 
 
@@ -234,14 +235,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each contender")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, separated by commas")
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter in which TRL is installed, where it is another one")
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.contend:
         contend(given.contend, given.threads)
         return
-    found = measure(given.only.split(","), given.threads, given.steps, lambda name, threads: Contender(name, threads, __file__))
+
+    def contender(name: str, threads: int) -> Contender:
+        return Contender(name, threads, __file__, python=given.peers if name in PEERS else sys.executable)
+
+    found = measure(given.only.split(","), given.threads, given.steps, contender)
     print(f"batch {BATCH}, {PROMPT} + {NEW} tokens, vocabulary {VOCABULARY:,}, float32, {given.threads} thread(s)")
-    print(f"medians of {given.steps} interleaved steps, torch {version('torch')}, trl {version('trl') if find_spec('trl') else 'absent'}\n")
+    print(f"medians of {given.steps} interleaved steps, torch {version('torch')}\n")
     print(table(found))
     if "ours" in found:
         print(f"\n{shares(found['ours'])}")

@@ -220,9 +220,9 @@ def contend(name: str, threads: int) -> None:
 class Contender:
     """A process that takes steps when told to; `measured` grows by one a step. None for a peer that is not installed."""
 
-    def __init__(self, name: str, threads: int, script: str = __file__, words: Sequence[str] = ()):
+    def __init__(self, name: str, threads: int, script: str = __file__, words: Sequence[str] = (), python: str = sys.executable):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, script, "--contend", name, "--threads", str(threads), *words]
+        command = [python, script, "--contend", name, "--threads", str(threads), *words]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
