@@ -1,5 +1,6 @@
 """`potstill generate` through the command line: rows with a model's answers, in every format, filtered, once, and ready to train from."""
 
+import datetime
 import gzip
 import json
 import shutil
@@ -8,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bigram_model import save_bigram
@@ -288,6 +291,17 @@ def test_prompts_without_room_are_left_out_where_the_recipe_says_so(place):
     write(place / "rows.jsonl", [*ROWS, {**ROWS[0], "instruction": "many words " * 20}])
     assert generate(place, "data.too_long=drop", "generate.filters.cut=keep") == 0
     assert (counts(place)["prompts_too_long"], len(out(place))) == (1, 7)
+
+
+def test_a_column_that_no_line_of_json_holds_is_named_before_anything_is_asked(place, capsys):
+    table = pyarrow.table({key: [row[key] for row in ROWS] for key in ("instruction", "input", "output")})
+    dates = pyarrow.array([datetime.date(2026, 1, 1)] * len(ROWS))
+    pyarrow.parquet.write_table(table.append_column("day", dates), place / "rows.parquet")
+    assert generate(place, f"data.train={place}/rows.parquet") == 2
+    assert "rows.parquet:1: column 'day' holds a value (date)" in capsys.readouterr().err
+    pyarrow.parquet.write_table(table, place / "rows.parquet")
+    assert generate(place, f"data.train={place}/rows.parquet", "generate.filters.cut=keep") == 0
+    assert len(out(place)) == len(ROWS)
 
 
 OTHERS = {

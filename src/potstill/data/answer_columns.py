@@ -1,11 +1,13 @@
 """The column that an answer stands in: a row's own answer, and the same row with another one in its place. No tokenizer, no template."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from potstill.data.formats import Conversation, PromptCompletion, Reading, read_item
 from potstill.data.lines import Row, parse_json
+from potstill.errors import DataError
 
 SAMPLE = "sample"
 FINISH_REASON = "finish_reason"
@@ -29,6 +31,19 @@ def open_rows(rows: list[Row], reading: Reading) -> list[Row]:
     if reading.format not in ("instruct", "prompt_completion") or column is None:
         return rows
     return [row if column in row.values else Row({**row.values, column: ""}, row.source, row.number) for row in rows]
+
+
+def refuse_unwritable(rows: Sequence[Row]) -> None:
+    """Raises DataError for a column that a line of JSON cannot hold, such as a date or bytes of a Parquet file."""
+    for row in rows:
+        for column, value in row.values.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{row.origin}: column {column!r} holds a value ({type(value).__name__}) that a line of JSON cannot, and every column "
+                    "is kept in what is written; take the column out, or make it text"
+                ) from None
 
 
 def own_answer(row: Row, reading: Reading) -> str:

@@ -103,8 +103,9 @@ class AnswersFolder:
                 answers = _answers_of(line)
                 if answers is None:
                     self.damaged += 1
-                else:
-                    found = answers | found
+                    continue
+                for job, given in answers.items():
+                    found.setdefault(job, given)
         return found
 
     def commit(self, jobs: Sequence[Job], completions: Sequence[Completion], *, rank: int, world_size: int) -> None:
