@@ -55,6 +55,33 @@ def body(prompts: list[list[int]]) -> dict:
     return _Speaker(MODEL).completions(server_vllm.request("tiny", prompts, K))
 
 
+OF_THE_TARGET = (
+    "no_choices", "a_choice_less", "a_choice_twice", "answers_exchanged", "indices_exchanged", "no_log_probs", "an_entry_less",
+    "an_entry_more", "shifted_by_one", "a_null_in_the_middle", "an_empty_entry", "a_word_for_an_id", "not_a_number", "infinite",
+    "a_probability_above_one", "a_log_prob_of_another_type", "no_log_prob", "a_rank_of_another_type", "tokens_miscounted", "another_model",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_TARGET)
+def test_no_spoiled_answer_of_the_target_alone_is_believed(name):
+    """One number a token: there is no mass and no order to see a mistake by, and yet none of these passes."""
+    for seed in range(40):
+        numbers, prompts = random.Random(seed), prompts_of(seed)
+        answer = _Speaker(MODEL).completions(server_vllm.request("tiny", prompts, 0))
+
+        def look(answer, prompts=prompts):
+            found = server_vllm.read(parse(json.dumps(answer).encode()), "tiny", prompts, 0)
+            for scored, prompt in zip(found, prompts, strict=True):
+                believe(scored, prompt, 0, VOCABULARY + PADDED_ROWS)
+            return found
+
+        for scored, prompt in zip(look(answer), prompts, strict=True):
+            np.testing.assert_allclose(scored.actual, MODEL.after(prompt)[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-5)
+            assert cut_to(scored, VOCABULARY).ids.shape == (len(prompt) - 1, 0)
+        with pytest.raises(Unbelievable):
+            look(MUTATORS[name](answer, numbers))
+
+
 def test_there_are_enough_ways_to_spoil_an_answer():
     assert len(MUTATORS) + len(BYTE_MUTATORS) >= 30
 
