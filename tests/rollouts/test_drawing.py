@@ -129,6 +129,11 @@ def test_a_token_of_no_weight_is_never_drawn_at_either_end():
     assert torch.allclose(log_probs, torch.full((4,), -math.log(3)))
 
 
+def test_an_aim_that_rounding_has_put_beyond_all_finds_the_last_token_of_any_weight():
+    sums = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.5, 0.75, 1.0, 1.0]], dtype=torch.float64)
+    assert drawing._first_beyond(sums, torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)).tolist() == [1, 2]
+
+
 def test_greedy_takes_the_most_likely_and_is_certain():
     logits = _logits(4, 50)
     tokens, log_probs = draw(logits, uniforms(range(4), 0), Sampling(temperature=0, top_k=3))

@@ -57,9 +57,8 @@ def _nucleus(logits: Tensor, share: float, first: int) -> Tensor:
     for count in (first, logits.shape[-1]):
         likely, places = logits.topk(min(count, logits.shape[-1]), dim=-1)
         weights = (likely - total).exp().double()
-        # What more likely tokens hold already: where that reaches the share, nothing is missing any more.
+        # What more likely tokens hold already (nothing, for the first): where that reaches the share, nothing is missing any more.
         kept = weights.cumsum(-1) - weights < share
-        kept[:, 0] = True
         if count >= logits.shape[-1] or not kept[:, -1].any():
             break
     return torch.full_like(logits, -torch.inf).scatter(1, places, likely.masked_fill(~kept, -torch.inf))
