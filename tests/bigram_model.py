@@ -11,14 +11,14 @@ NEXT = {
 }  # fmt: skip
 
 
-def save_bigram(folder: Path, following: dict[str, dict[str, float]] | None = None) -> Path:
+def save_bigram(folder: Path, following: dict[str, dict[str, float]] | None = None, **changes) -> Path:
     """The model and its tokenizer. A token that the table does not name is followed by the end."""
     import torch
 
     from tiny import tiny_llama, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    model = tiny_llama(0, width=320, layers=1)
+    model = tiny_llama(0, width=320, layers=1, **changes)
 
     def number(text: str) -> int:
         (found,) = tokenizer.encode(text, add_special_tokens=False)
