@@ -112,6 +112,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_torch(place, mistake):
         (["distill", "qwen2-0.5b-from-top100"], "teacher.path: caches/qwen2-7b-top100: no such folder"),
         (["distill", "qwen2-0.5b-sft", "teacher={kind: cach, path: x}"], "teacher.kind: must be one of local, cache, server"),
         (["cache", "mend", "x"], "No such command"),
+        (["generate", "qwen2-0.5b-sft"], "generate: missing; say where the answers go"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, arguments, said):
