@@ -37,6 +37,7 @@ benchmarks: .venv-peers/.done
 	.venv-peers/bin/python benchmarks/sparse_loss.py
 	.venv-peers/bin/python benchmarks/training_step.py
 	.venv-peers/bin/python benchmarks/cached_step.py
+	.venv-peers/bin/python benchmarks/generation.py
 
 # Capture on a Ray cluster of one machine, in an environment of its own: Ray brings a server that no run needs.
 ray: .venv-ray/.done

@@ -45,10 +45,9 @@ def _log_probs_of(model, prompt: Prompt, answer) -> torch.Tensor:
     return logits.double().log_softmax(-1)[range(len(answer.tokens)), list(answer.tokens)]
 
 
-def _adapted(seed: int, head: bool = True):
+def _adapted(seed: int):
     torch.manual_seed(seed)
-    targets = ["q_proj", "v_proj", *(["lm_head"] if head else [])]
-    model = add_lora(tiny_llama(vocabulary_size=128), LoraConfig(rank=4, targets=targets, dropout=0.5))
+    model = add_lora(tiny_llama(vocabulary_size=128), LoraConfig(rank=4, targets=["q_proj", "v_proj", "lm_head"], dropout=0.5))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -66,15 +65,13 @@ def test_an_adapter_on_trunk_and_head_is_heard():
 
 @pytest.mark.parametrize("ambient", [True, False])
 def test_narrow_weights_are_read_as_training_reads_them(ambient):
-    """Under autocast as it stands; where nobody has said it and the adapter alone is wide, to the frozen weights' type."""
+    """Under autocast as it stands; where nobody has said it and one layer alone is wide, as in training, to the others' type."""
     from contextlib import nullcontext
 
-    if ambient:
-        model = tiny_llama(vocabulary_size=96)
-    else:
-        model = _adapted(0, head=False)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if "lora" in name else torch.bfloat16)
+    model = tiny_llama(vocabulary_size=96)
+    if not ambient:
+        model.to(torch.bfloat16)
+        model.model.layers[1].mlp.down_proj.float()  # without autocast it refuses what comes from the narrow layers
     with torch.autocast("cpu", torch.bfloat16) if ambient else nullcontext():
         answers = _generator(model.eval()).generate(PROMPTS, Sampling(max_new_tokens=12))
     with torch.autocast("cpu", torch.bfloat16):
