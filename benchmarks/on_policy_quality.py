@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 QUICKSTART = Path("runs/quickstart")
-START_STEPS, STEPS, BATCH = 300, 300, 16
-RATES = (3e-4, 1e-3, 3e-3)
+START_STEPS, STEPS, RATE_STEPS, BATCH = 300, 200, 300, 16
+RATES = (1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 MAX_TOKENS, NEW_TOKENS = 256, 64
 
@@ -117,7 +117,7 @@ def choose_rates(folder: Path, methods: list[str], seed: int) -> None:
         found = {}
         for rate in RATES:
             at = folder / "rates" / f"{slug(method)}-{rate:g}"
-            train(recipe_of(method, seed, at, steps=STEPS, rate=rate, start=start))
+            train(recipe_of(method, seed, at, steps=RATE_STEPS, rate=rate, start=start))
             found[rate] = float(exam.take(load_for_exam(at / "student", tokenizer), None).correct.mean())
         rates = read(folder / "rates.json")
         write(folder / "rates.json", rates | {method: {"chosen": max(found, key=lambda rate: found[rate]), "validation": found}})
