@@ -12,7 +12,7 @@ from faultfs import without_syncing
 from potstill.environment import redact
 from potstill.errors import RunFolderError
 from potstill.recipe_changes import ALLOWED_CHANGES, recipe_changes
-from potstill.run_folder import RunFolder
+from potstill.run_folder import ROLLOUT_WEIGHTS, RunFolder
 
 RECIPE = {
     "student": {"path": "student", "lora": None},
@@ -70,6 +70,7 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path):
         folder.append_metrics({"step": 1})
         folder.write_json("evaluation/held_out.json", {"perplexity": 2.0})
         (folder.checkpoints / "step-00000001").mkdir()
+        (tmp_path / ROLLOUT_WEIGHTS / "student").mkdir(parents=True)  # of a run that was killed while a server read them
         folder.finish({})
     (tmp_path / "notes.md").write_text("mine")
     with RunFolder.open(tmp_path, _with({"training.learning_rate": 1}), fresh=True) as folder:

@@ -24,7 +24,7 @@ LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
 KNOWN = (
     SUMMARY, "student", "adapter", "evaluation", "checkpoints", "trackers", "report.html", NON_FINITE, REJECTED, REFUSED_ANSWERS,
-    METRICS, SAMPLES, ROLLOUTS, ENVIRONMENT, RECIPE,
+    ROLLOUT_WEIGHTS, METRICS, SAMPLES, ROLLOUTS, ENVIRONMENT, RECIPE,
 )  # fmt: skip
 Status = Literal["new", "interrupted", "finished"]
 _log = logging.getLogger("potstill")

@@ -22,6 +22,7 @@ from potstill.rollouts.config import RolloutsConfig, TextConfig
 from potstill.rollouts.named_function import NamedFunction
 from potstill.rollouts.prompts import Prompts
 from potstill.rollouts.reward import load_reward
+from potstill.run_folder import ROLLOUT_WEIGHTS
 from potstill.teachers.config import LocalTeacherConfig
 
 # Rows that are looked at for the token that ends their answers.
@@ -126,8 +127,7 @@ def _foreign(
         named = ", ".join(repr(word) for word in preparation.student.tokenizer.convert_ids_to_tokens(sorted(ends)))
         raise ConfigError(
             f"rollouts.foreign_end: an answer may end with {named}, at which the other model does not stop, so that one would learn from "
-            f"the "
-            "other where it has no meaning; set student.eos_token or teacher.eos_token to what both end with, or say "
+            "the other where it has no meaning; set student.eos_token or teacher.eos_token to what both end with, or say "
             "rollouts.foreign_end=mask (such ends are not learned) or keep (they are)"
         )
     return frozenset(ends)
@@ -146,4 +146,4 @@ def columns_of(recipe: Recipe, preparation: Preparation) -> Callable[[int], Mapp
 
 def folder_of_weights(recipe: Recipe) -> Path:
     """Where weights lie that a server reads, unless the recipe says so."""
-    return Path(recipe.run.folder) / "rollout-weights"
+    return Path(recipe.run.folder) / ROLLOUT_WEIGHTS
