@@ -20,6 +20,7 @@ from potstill.recipe_changes import recipe_changes, refuse_changes, reopens
 
 RECIPE, ENVIRONMENT, SUMMARY, METRICS, SAMPLES = "recipe.yaml", "environment.json", "summary.json", "metrics.jsonl", "samples.jsonl"
 REJECTED, NON_FINITE, REFUSED_ANSWERS, ROLLOUTS = "rejected.jsonl", "non_finite.json", "refused_answers", "rollouts.jsonl"
+ROLLOUT_WEIGHTS = "rollout-weights"
 LOCK = ".lock"
 # In the order in which `--fresh` removes them: the recipe, which makes the folder a run, goes last.
 KNOWN = (
