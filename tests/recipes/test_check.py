@@ -103,6 +103,19 @@ def test_check_tells_who_writes_and_refuses_prompts_without_room(place, capsys):
     assert not (place / "never").exists()
 
 
+def test_what_the_teacher_reads_in_place_of_a_prompt_needs_room_too(place, capsys):
+    given = ("rollouts={author: student, sampling: {max_new_tokens: 16}}", f"run.folder={place}/never", "objective.kd_ratio=1.0")
+    asked = f"data.teacher_prompt='{{prompt}}{' and so on' * 12}'"
+    for command in ("check", "distill"):
+        assert potstill(command, place / "r.yaml", *given, asked) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "what the teacher reads in place of its prompt (data.teacher_prompt)" in said
+        assert "rollouts.prompt_too_long" in said
+    assert not (place / "never").exists()
+    assert potstill("check", place / "r.yaml", *given, asked, "rollouts.prompt_too_long=truncate_left") == 0
+    assert "32 prompts cut on the left" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_end_that_the_teacher_does_not_know_is_refused_before_a_model_is_loaded(place, capsys, monkeypatch):
     other = place / "goes-on"
     save_pair(other, 0)

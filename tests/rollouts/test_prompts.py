@@ -72,11 +72,34 @@ def test_room_for_no_prompt_at_all():
 
 
 def test_the_teachers_prompt_stands_before_what_both_have_read():
-    """It takes the place of the first tokens; of a longer prompt the rest follows, and a cut of the student's leaves it whole."""
-    example = row("......xx", teacher_prompt=[90, 91], prompt_length=4)
-    assert prompts(example)[0].teacher_tokens == (90, 91, 14, 15)
-    cut = prompts(example, room=3, too_long="truncate_left")[0]
-    assert (cut.tokens, cut.teacher_tokens) == ((13, 14, 15), (90, 91, 14, 15))
+    """It takes the place of the first tokens; of a longer prompt the rest follows."""
+    found = prompts(row("......xx", teacher_prompt=[90, 91], prompt_length=4))[0]
+    assert (found.tokens, found.teacher_tokens) == ((10, 11, 12, 13, 14, 15), (90, 91, 14, 15))
+
+
+@pytest.mark.parametrize(("seen", "long"), [(4, False), (5, False), (6, True)])
+def test_what_the_teacher_reads_must_leave_room_for_the_answer_too(seen, long):
+    """The same answer stands behind both prompts, so that the longer one decides."""
+    rows = [row(".x"), row("..xx", 1, teacher_prompt=list(range(90, 90 + seen)), prompt_length=2)]
+    dropped, cut = (prompts(*rows, room=5, too_long=policy) for policy in ("drop", "truncate_left"))
+    assert (dropped.counts.dropped, dropped.counts.longest, cut.counts.truncated) == (int(long), seen, int(long))
+    assert [example.index for example in dropped.examples] == ([0] if long else [0, 1])
+    assert (cut[1].tokens, cut[1].teacher_tokens) == ((10, 11), tuple(range(90 + int(long), 90 + seen)))
+    if long:
+        with pytest.raises(DataError, match=r"rows\.jsonl:2: what the teacher reads.*\(data\.teacher_prompt\), 6 tokens.*prompt_too_long"):
+            prompts(*rows, room=5)
+    else:
+        assert len(prompts(*rows, room=5)) == 2
+
+
+@pytest.mark.parametrize(
+    ("bos", "tokens", "teacher"),
+    [(10, (10, 14, 15), (91, 92, 93)), (None, (13, 14, 15), (91, 92, 93)), (90, (13, 14, 15), (90, 92, 93))],
+)
+def test_a_cut_on_the_left_keeps_the_token_that_begins_a_text(bos, tokens, teacher):
+    example = row("......xx", teacher_prompt=[90, 91, 92, 93], prompt_length=6)
+    cut = prompts(example, room=3, too_long="truncate_left", bos=bos)[0]
+    assert (cut.tokens, cut.teacher_tokens) == (tokens, teacher)
 
 
 def test_a_set_of_flat_arrays_gives_the_same_prompts_and_is_numbered_anew_where_rows_are_dropped():

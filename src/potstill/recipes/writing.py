@@ -65,7 +65,7 @@ def _prompts(recipe: Recipe, rollouts: RolloutsConfig, preparation: Preparation)
     longest = max(sampling.max_new_tokens for sampling in (rollouts.sampling, rollouts.teacher_sampling or rollouts.sampling))
     return Prompts(
         preparation.data.train, max_tokens=recipe.data.max_tokens, max_new_tokens=longest, prompt_tokens=rollouts.prompt_tokens,
-        too_long=rollouts.prompt_too_long,
+        too_long=rollouts.prompt_too_long, bos=preparation.student.tokenizer.bos_token_id,
     )  # fmt: skip
 
 
