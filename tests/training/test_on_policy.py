@@ -158,3 +158,81 @@ def test_writing_leaves_the_random_numbers_alone(tmp_path):
     assert first == author.write("student", [0, 1, 2], 0)
     assert student.training
     assert first != author.write("student", [0, 1, 2], 1)
+
+
+# ---------------------------------------------------------------- what is compared, and what is kept
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "lora_head", "checkpointed"])
+def test_credit_is_taken_without_dropout(kind, tmp_path, monkeypatch):
+    """Text is drawn without dropout, so the ratio to it is taken without: a teacher that is the student then credits nothing."""
+    import small_runs
+    from potstill.objectives.distribution import DistributionMatching
+    from potstill.objectives.policy import PolicyGradient
+    from potstill.teachers.local import LocalTeacher
+    from potstill.training.distiller import Distiller
+
+    monkeypatch.setattr(small_runs, "make_teacher", lambda: LocalTeacher(small_runs.make_student(kind)))
+    own = PolicyGradient(support="written", vocabulary_size=small_runs.VOCABULARY)
+    of_data = DistributionMatching(vocabulary_size=small_runs.VOCABULARY)
+    distiller = Distiller(small_runs.make_student(kind, dropout=0.3), {"dataset": of_data, "student": own})
+    execute(replace(RUN, student=kind).but(steps=1), tmp_path / "run", distiller=distiller)
+    line = _lines(RunFolder.read(tmp_path / "run"))[0]
+    assert line["grad_norm"] < 1e-6
+    assert line["loss/ce"] == pytest.approx(line["rollouts/entropy"], abs=1e-4)
+
+
+def test_other_streams_keep_their_dropout(tmp_path):
+    """It is off for the credited stream alone, and on again in the next micro-batch."""
+    import small_runs
+
+    def trained(name, dropout):
+        run = replace(RUN, author="pair", rewarded=True, dropout=dropout).but(steps=1)
+        execute(run, tmp_path / name, distiller=small_runs.make_distiller(run))
+        return _lines(RunFolder.read(tmp_path / name))[0]
+
+    with_dropout, without = trained("with", 0.5), trained("without", 0.0)
+    assert with_dropout["loss/student"] == pytest.approx(without["loss/student"], rel=1e-6)
+    assert with_dropout["loss/teacher"] != pytest.approx(without["loss/teacher"], rel=1e-6)
+
+
+def test_an_author_hears_of_nats_a_target_however_the_objective_sums(tmp_path, monkeypatch):
+    from potstill.rollouts.authors import OneAuthor
+
+    heard: dict[str, list[float]] = {"token_mean": [], "seq_sum": []}
+    for reduction, losses in heard.items():
+        monkeypatch.setattr(OneAuthor, "validated", lambda author, loss, losses=losses: losses.append(loss))
+        execute(replace(RUN, reduction=reduction).but(steps=1, eval_steps=1, learning_rate=1e-30), tmp_path / reduction)
+    assert len(heard["token_mean"]) == 1
+    assert heard["seq_sum"] == pytest.approx(heard["token_mean"], rel=1e-5)
+
+
+def test_a_teacher_that_follows_hears_of_steps_that_were_taken_alone(tmp_path, monkeypatch):
+    import small_runs
+    from potstill.teachers.local import LocalTeacher
+    from potstill.training.seam import DistillationTrainer
+
+    class Following(LocalTeacher):
+        steps = 0
+
+        def step_done(self) -> None:
+            self.steps += 1
+
+    made = []
+
+    def teacher():
+        made.append(Following(make_teacher().causal_lm))
+        return made[-1]
+
+    guard = DistillationTrainer.refuse_non_finite
+
+    def broken(trainer):
+        if trainer.state.global_step == 1:
+            trainer.grad_norm = float("nan")
+        guard(trainer)
+
+    monkeypatch.setattr(small_runs, "make_teacher", teacher)
+    monkeypatch.setattr(DistillationTrainer, "refuse_non_finite", broken)
+    _, summary = execute(RUN.but(non_finite={"skip": 1}), tmp_path / "run")
+    assert summary.non_finite_steps == 1
+    assert made[-1].steps == summary.steps - 1 == 2

@@ -275,3 +275,21 @@ def test_ranks_that_cannot_share_it_are_told_the_key(monkeypatch):
 def test_other_text_is_known_by_its_fingerprint():
     assert _beside().rows.fingerprint != _beside(examples(4, seed=9)).rows.fingerprint
     assert _beside().rows.fingerprint == _beside().rows.fingerprint
+
+
+def test_text_of_a_step_that_was_refused_is_not_replayed(tmp_path, monkeypatch):
+    """What broke one step would break each in which it came again."""
+    from potstill.training.seam import DistillationTrainer
+
+    guard = DistillationTrainer.refuse_non_finite
+
+    def broken(trainer):
+        if trainer.state.global_step == 2:
+            trainer.grad_norm = float("nan")
+        guard(trainer)
+
+    monkeypatch.setattr(DistillationTrainer, "refuse_non_finite", broken)
+    run = RUN.but(steps=5, eval_steps=100, non_finite={"skip": 1})
+    _, author, summary = execute(tmp_path / "run", run=run, replay={"capacity": 1000, "start": 1.0, "schedule": "constant"}, text=False)
+    assert summary.non_finite_steps == 1
+    assert {record.step for record in author.buffer} == {0, 1, 3, 4}

@@ -113,10 +113,11 @@ class PolicyGradient(nn.Module):
         outcomes, targets = signal.outcomes, batch.target_rows()[1]
         credit = self._credit(student_rows, student_head, outcomes, batch) if len(targets) else None
         weights = row_weights(self.reduction, batch)
+        # training=False is no dropout on a LoRA of the head, as in the first look and in the writing; gradients there are all the same.
         loss = run_plan(
             self.plan, student_rows, student_head, None if self.written else outcomes, targets, vocabulary_size=self.vocabulary_size,
             row_weights=weights, divergence_weights=None if credit is None else credit.divergence_weights,
-            text_weights=None if credit is None else credit.coefficients, training=self.training, execution=self.execution,
+            text_weights=None if credit is None else credit.coefficients, training=False, execution=self.execution,
         )
         return loss if credit is None else self._valued(loss, credit, weights)
 

@@ -67,8 +67,9 @@ class Author(Protocol):
         """The run begins, or goes on, after `step` steps; the student has its weights."""
         ...
 
-    def step_done(self, step: int) -> None:
-        """The optimizer has taken its `step`-th step on what was written last: keep what belongs to it."""
+    def step_done(self, step: int, *, taken: bool = True) -> None:
+        """The `step`-th step, on what was written last, is over: keep what belongs to it. It was not `taken` where it was refused because
+        its loss or its gradient was not finite."""
         ...
 
     def validated(self, loss: float) -> None:

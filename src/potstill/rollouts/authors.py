@@ -31,7 +31,7 @@ class OneAuthor:
     def begin(self, step: int) -> None:
         """Nothing: what is written next asks for the weights of its step."""
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, *, taken: bool = True) -> None:
         self._writer.step_done()
 
     def validated(self, loss: float) -> None:
@@ -79,7 +79,7 @@ class MixtureAuthor:
     def begin(self, step: int) -> None:
         """Nothing: what is written next asks for the weights of its step."""
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, *, taken: bool = True) -> None:
         self._both.step_done()
 
     def validated(self, loss: float) -> None:

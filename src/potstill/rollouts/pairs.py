@@ -42,7 +42,7 @@ class PairAuthor:
     def begin(self, step: int) -> None:
         """Nothing: what is written next asks for the weights of its step."""
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, *, taken: bool = True) -> None:
         self._both.step_done()
 
     def validated(self, loss: float) -> None:

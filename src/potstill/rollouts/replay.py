@@ -19,7 +19,8 @@ from potstill.rollouts.schedule import Branch, Schedule
 
 
 class ReplayAuthor:
-    """One stream a step. Text is put into the buffer when the step that it was written for is done: a break before it loses nothing.
+    """One stream a step. Text is put into the buffer when the step that it was written for has been taken: a break before it loses
+    nothing, and what a refused step was about does not come again.
 
     What comes out of the buffer keeps the log-probabilities that it was drawn with; teacher and student read it anew, so that ratios are
     of the student as it is now. The buffer holds the text of all ranks, on each of them.
@@ -68,9 +69,10 @@ class ReplayAuthor:
     def begin(self, step: int) -> None:
         """Nothing: what is written next asks for the weights of its step."""
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, *, taken: bool = True) -> None:
         self._line.update({self.branch(step - 1): 1, **self._drawn})
-        self.buffer.push(self._fresh)
+        if taken:  # text that broke a step would break others
+            self.buffer.push(self._fresh)
         self._fresh, self._drawn = [], {}
         self._both.step_done()
 

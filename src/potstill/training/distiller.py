@@ -32,6 +32,14 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
 DATASET = "dataset"
 
 
+def without_dropout(module: nn.Module) -> None:
+    """From here to the next `train()` nothing in it drops anything out: text was drawn without, and a ratio to that compares like with
+    like. It holds through the backward pass, where activation checkpointing computes anew; what acts on that stays in its mode.
+    """
+    for part in module.modules():
+        part.training = part.training and bool(getattr(part, "gradient_checkpointing", False))
+
+
 class Distiller(nn.Module):
     """An objective is an `nn.Module` of `potstill.objectives`; what it learns itself is trained with the student.
 
@@ -65,6 +73,8 @@ class Distiller(nn.Module):
             return nothing, nothing, nothing
         assert batch is not None
         assert signal is not None
+        if isinstance(self.objective_of(stream), PolicyGradient):
+            without_dropout(self.student)
         rows = self.student.rows(batch)
         head = self.student.head()
         kind = rows.device.type

@@ -42,6 +42,8 @@ class Measures:
 
     window_targets: float = 0.0
     window_tokens: int = 0
+    refused: bool = False
+    """Whether the step in progress was found not to be finite, and is not taken."""
     _step: list[Tensor] = field(default_factory=list)
     _line: list[Tensor] = field(default_factory=list)
     _streams: dict[str, Tensor | float] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Measures:
 
     def begin_window(self, targets: float, tokens: int, streams: Iterable[str] = ()) -> None:
         """`streams` are those with a target on any rank: alike on all."""
-        self.window_targets, self.window_tokens = targets, tokens
+        self.window_targets, self.window_tokens, self.refused = targets, tokens, False
         self._step, self._streams = [], dict.fromkeys(streams, 0.0)
 
     def add(self, *losses: Tensor, stream: str = "", weight: float = 1.0) -> None:
@@ -68,7 +70,7 @@ class Measures:
 
     def forget_step(self) -> None:
         """The step was not taken: its loss must not spoil the mean."""
-        self._step, self._streams = [], {}
+        self._step, self._streams, self.refused = [], {}, True
 
     def end_step(self) -> None:
         if self._step:

@@ -233,10 +233,11 @@ class DistillationTrainer(Trainer):
         self.progress.tokens += self.measures.window_tokens
         self.progress.targets += int(self.measures.window_targets)
         self.measures.end_step()
-        if self.teacher is not None:
+        taken = not self.measures.refused
+        if self.teacher is not None and taken:
             step_done(self.teacher)
         if self.feed.author is not None:
-            self.feed.author.step_done(self.state.global_step)
+            self.feed.author.step_done(self.state.global_step, taken=taken)
         if self.ranks.first:
             self.folder.append_samples(self.state.global_step, self.window.epoch, self.feed.training.example_numbers(self.window.rows))
 
@@ -275,9 +276,9 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 sums = model(batch, self.answer(batch, self.distiller.objective.needs))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            return sums, self.distiller.objective.count(batch)
+            return (*sums, torch.tensor(float(batch.num_targets))), self.distiller.objective.count(batch)
 
-        total, cross_entropy, divergence = validation.means(measure, after_batch=self.stop_if_asked)
+        total, cross_entropy, divergence, targets = validation.means(measure, after_batch=self.stop_if_asked)
         metrics = {f"{metric_key_prefix}_loss": total, f"{metric_key_prefix}_loss/ce": cross_entropy}
         if self.teacher is not None:
             metrics[f"{metric_key_prefix}_loss/kd"] = divergence
@@ -285,7 +286,8 @@ class DistillationTrainer(Trainer):
         reshard(self.distiller)
         self.progress.evaluation_pending = False
         if self.feed.author is not None:
-            self.feed.author.validated(cross_entropy)
+            of_responses = self.distiller.objective.reduction == "seq_sum"  # the sums of whole ones, however long they are
+            self.feed.author.validated(cross_entropy / targets if of_responses and targets else cross_entropy)
         self.measures.pause(metrics[f"{metric_key_prefix}_seconds"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
