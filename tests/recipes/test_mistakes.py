@@ -33,6 +33,12 @@ def test_of_a_key_with_several_kinds_only_the_kind_that_was_meant_complains(chan
     assert len(lines) == (2 if "pth" in str(change) else 1), lines
 
 
+def test_a_rule_about_a_key_that_is_not_written_names_the_whole_key():
+    given = {"data": {"train": "x.txt", "format": "text"}, "teacher": {"kind": "local", "path": "t"}, "rollouts": {"author": "student"}}
+    with pytest.raises(ConfigError, match=r"^\S+: rollouts\.prompt_tokens: rows of the format text have no prompt"):
+        recipe_from_values(MINIMAL | given)
+
+
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [

@@ -126,7 +126,7 @@ def test_what_cannot_be_a_reward_is_refused_with_its_key(spec, words, file):
 
 @pytest.mark.parametrize("spec", ["rewards.py", ":f", "rewards.py:", "rewards.py:a.b", "rewards.py:1st"])
 def test_a_name_that_is_none_is_refused_by_the_recipe(spec):
-    with pytest.raises(ValueError, match="String should match pattern"):
+    with pytest.raises(ValueError, match=f"function: '{spec}' names no function; write FILE.py:NAME or MODULE:NAME"):
         RewardConfig(function=spec)
 
 

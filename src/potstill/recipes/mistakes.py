@@ -203,12 +203,13 @@ def _message(item: dict[str, Any], path: Path, model: type[BaseModel], values: A
 def _located(message: str, path: Path, model: type[BaseModel], values: Any) -> tuple[Path, str]:
     """A rule's own words, and the key that they begin with: "data.validation: ..." or "objective: ... 'beta' ..."."""
     head = re.match(r"([a-z_.]+)(?::\s+|\s+of\s+|\s+)", message)
+    begun = False  # what follows a key and a point is a key too, written in the recipe or not
     for part in head[1].split(".") if head else []:
         inside = _at(values, path)
         if part in model.model_fields and path[:1] == (part,):
-            message = message.removeprefix(part).lstrip(".: ")
-        elif isinstance(inside, dict) and (part in inside or (not path and part in model.model_fields)):
-            path, message = (*path, part), message.removeprefix(part).lstrip(".: ")
+            begun, message = True, message.removeprefix(part).lstrip(".: ")
+        elif isinstance(inside, dict) and (begun or part in inside or (not path and part in model.model_fields)):
+            begun, path, message = True, (*path, part), message.removeprefix(part).lstrip(".: ")
     for quoted in re.findall(r"'([a-z_]+)'", message):
         inside = _at(values, path)
         if isinstance(inside, dict) and quoted in inside:

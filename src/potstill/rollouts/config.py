@@ -1,5 +1,6 @@
 """Who writes the text that the student learns from, and how, as a recipe says it. Imports neither torch nor transformers."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -133,10 +134,16 @@ class TextConfig(Config):
 class RewardConfig(Config):
     """What a task gives for an answer, beside the divergence: REINFORCE with the mean of the other answers as its baseline."""
 
-    function: Annotated[str, Field(pattern=r".+:[A-Za-z_][A-Za-z0-9_]*$")]
+    function: Annotated[str, Field(min_length=1)]
     """FILE.py:NAME or MODULE:NAME of a Python function of yours: (prompt, answer, reference, row) -> number."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """What it is multiplied by."""
+
+    @model_validator(mode="after")
+    def _named(self):
+        if re.fullmatch(r".+:[A-Za-z_][A-Za-z0-9_]*", self.function) is None:
+            raise ValueError(f"function: {self.function!r} names no function; write FILE.py:NAME or MODULE:NAME")
+        return self
 
 
 class WatchConfig(Config):
