@@ -25,3 +25,20 @@ def test_a_context_that_is_no_multiple_of_8_is_not_left(max_tokens):
 def test_a_batch_without_rows_is_no_wider_than_the_rows():
     rows = Rows([Example([3, 4, 5], [True] * 3, 0)], pad_token=0, seed=0, max_tokens=None)
     assert rows.batch([]).tokens.shape == (1, 3)
+
+
+def test_what_the_teacher_reads_instead_does_not_leave_its_context_either():
+    """Rows as they stand, and longer ones that were written behind the same prompts."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    marks = [False, True, True, True]
+    examples = [Example([3, 4, 5, 6], marks, 0, teacher_prompt=[7] * 14, prompt_length=1), Example([3, 4, 5, 6], marks, 1)]
+    written = [Example([3, 4, 5, 6, 7, 8], [False, *[True] * 5], 0, teacher_prompt=[7] * 14, prompt_length=1)]
+    rows = Rows(examples, pad_token=0, seed=0, max_tokens=None)
+    teacher = CausalLM(GPT2LMHeadModel(GPT2Config(n_positions=19, n_embd=8, n_layer=1, n_head=2, vocab_size=9)).eval(), 9)
+    for batch, width in ((rows.batch([0, 1]), 17), (rows.collated(written), 19)):
+        view = batch.teacher_view
+        assert view is not None
+        assert view.tokens.shape[1] == width
+        with torch.no_grad():
+            assert len(teacher.rows(view)) == batch.num_targets

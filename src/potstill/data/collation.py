@@ -10,11 +10,13 @@ from potstill.batch import Batch, Example
 
 
 def collate(
-    rows: Sequence[Sequence[Example]], *, pad_token: int, multiple_of: int | None = 8, widest: int | None = None
+    rows: Sequence[Sequence[Example]], *, pad_token: int, multiple_of: int | None = 8, widest: int | None = None,
+    widest_view: int | None = None,
 ) -> Batch:
     """One sequence a row, its examples one after the other; as wide as the longest, rounded up to a multiple.
 
     The rounding stops at `widest`: a model whose positions are learned has none beyond its context, not even for padding.
+    `widest_view` is the same for what the teacher reads instead.
 
     Positions restart at every example, and padding belongs to no document, so the id that pads may be the EOS: nothing is
     masked by id.
@@ -44,7 +46,8 @@ def collate(
     known = {name: _by_token(rows, shape, name) for name in ("log_probs", "rewards")}
     view = None
     if any(example.teacher_prompt is not None for example in inside):
-        view = collate([[example.for_teacher() for example in row] for row in rows], pad_token=pad_token, multiple_of=multiple_of)
+        read = [[example.for_teacher() for example in row] for row in rows]
+        view = collate(read, pad_token=pad_token, multiple_of=multiple_of, widest=widest_view)
         if view.num_targets != batch.num_targets:
             raise ValueError("the teacher's view of a batch has other targets than the student's")
     return replace(batch, **known, teacher_view=view) if view is not None or any(v is not None for v in known.values()) else batch

@@ -19,11 +19,13 @@ class Rows:
     def __init__(self, examples: Sequence[Example], *, pad_token: int, seed: int, max_tokens: int | None):
         self._examples, self._pad_token = examples, pad_token
         digest = hashlib.blake2b(digest_size=16)
-        lengths = []
+        lengths: list[int] = []
+        longer: list[int] = []  # what the teacher reads of each row beyond what the student does
         for example in examples:
             lengths.append(len(example.tokens))
             digest.update(numpy.asarray([example.index, lengths[-1], *example.tokens], dtype=numpy.int64).tobytes())
             digest.update(numpy.asarray(example.is_target, dtype=numpy.bool_).tobytes())
+            longer.append(0 if example.teacher_prompt is None else len(example.teacher_prompt) - example.prompt_length)
             if example.teacher_prompt is not None:
                 prompt = [example.prompt_length, len(example.teacher_prompt), *example.teacher_prompt]
                 digest.update(numpy.asarray(prompt, dtype=numpy.int64).tobytes())
@@ -33,7 +35,9 @@ class Rows:
         digest.update(repr(self._bins).encode())
         self.fingerprint = digest.hexdigest()
         self.lengths = [sum(lengths[index] for index in members) for members in self._bins]
-        self._widest = max(self.lengths, default=8)  # what the model can take at least: padding never goes beyond it
+        # What student and teacher can take at least: padding never goes beyond it.
+        self._widest = max(self.lengths, default=8)
+        self._widest_view = max((sum(lengths[index] + longer[index] for index in members) for members in self._bins), default=8)
 
     def __len__(self) -> int:
         return len(self._bins)
@@ -47,13 +51,16 @@ class Rows:
         if not rows:
             return empty_batch(pad_token=self._pad_token, width=min(8, self._widest))
         members = [[self._examples[index] for index in self._bins[row]] for row in rows]
-        return collate(members, pad_token=self._pad_token, widest=self._widest)
+        return self._collated(members)
 
     def collated(self, examples: Sequence[Example]) -> Batch:
         """A batch of these examples, one a row; of none, a batch of padding without a target."""
         if not examples:
             return self.batch(())
-        return collate([[example] for example in examples], pad_token=self._pad_token, widest=self._widest)
+        return self._collated([[example] for example in examples])
+
+    def _collated(self, members: Sequence[Sequence[Example]]) -> Batch:
+        return collate(members, pad_token=self._pad_token, widest=self._widest, widest_view=self._widest_view)
 
     def example_numbers(self, rows: Sequence[int]) -> list[int]:
         """`Example.index` of everything in these rows, in order: what the log of seen samples holds."""
