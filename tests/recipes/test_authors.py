@@ -73,6 +73,22 @@ def test_a_reward_sees_the_row_and_moves_the_loss(place):
     assert all("rollouts/reward" in line for line in lines)
 
 
+def test_a_reward_that_failed_is_mended_and_the_run_goes_on(place, capsys):
+    file, folder = place / "failing.py", place / "mended"
+    body = "seen = []\ndef give(prompt, answer, reference, row):\n    seen.append(answer)\n    return 1 / (9 - len(seen))\n"
+    file.write_text(body)
+    reward = f"rollouts={{author: student, reward: {{function: '{file}:give'}}, {SAMPLING}}}"
+    command = ("distill", place / "r.yaml", *SHORT, "training.steps=4", f"run.folder={folder}", "objective.divergence=reverse_kl", reward)
+    assert potstill(*command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "ZeroDivisionError: division by zero; mend it and go on with --override-resume rollouts.reward.function" in said
+    file.write_text(body.replace("9 - ", "9 + "))
+    assert potstill(*command) != 0, "another function is another objective"
+    assert "or go on regardless with --override-resume rollouts.reward.function" in " ".join(capsys.readouterr().err.split())
+    assert potstill(*command, "--override-resume", "rollouts.reward.function") == 0
+    assert [line["step"] for line in RunFolder.read(folder).read_metrics() if "loss" in line] == [1, 2, 3, 4]
+
+
 def test_a_share_of_nothing_is_the_run_off_policy_bit_for_bit(place):
     common = ("training.steps=3", "run.seed=5")
     run(place, "share-of-nothing", "author: mixture, student: 0.0", *common)

@@ -201,6 +201,10 @@ def test_fingerprints_of_another_run_are_refused_by_name():
     refuse_other({"data": "a", "teacher": "b"}, {"data": "a", "teacher": "b"})
     with pytest.raises(IncompatibleError, match=r"another teacher.*--fresh"):
         refuse_other({"data": "a", "teacher": "b"}, {"data": "a", "teacher": "c"})
+    refuse_other({"data": "a", "some.key": "b"}, {"data": "a", "some.key": "c"}, ["some.key"])
+    for overridden in ([], ["other.key"]):
+        with pytest.raises(IncompatibleError, match=r"another some\.key.*--override-resume some\.key"):
+            refuse_other({"some.key": "b"}, {"some.key": "c"}, overridden)
 
 
 # ---------------------------------------------------------------- which checkpoint is the latest

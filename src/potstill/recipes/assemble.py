@@ -32,6 +32,7 @@ from potstill.recipes.teachers import fingerprints_of, make_self_teacher, make_t
 from potstill.recipes.words import in_words, printable
 from potstill.recipes.writing import prepare_writing
 from potstill.rollouts.author import Author
+from potstill.rollouts.reward import KEY as REWARD_KEY
 from potstill.run_folder import ENVIRONMENT, RECIPE, REFUSED_ANSWERS, REJECTED, RunFolder
 from potstill.teachers.config import SelfTeacherConfig, ServerTeacherConfig
 from potstill.teachers.self_teacher import SelfTeacher
@@ -89,7 +90,8 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
             raise
         if first:
             _say_start(recipe, preparation, parts.distiller, folder)
-        summary = _train(recipe, preparation, parts, folder, trackers=recipe.run.trackers if first else (), quiet=quiet)
+        summary = _train(recipe, preparation, parts, folder, trackers=recipe.run.trackers if first else (), quiet=quiet,
+                         overridden=override_resume)  # fmt: skip
         finish(recipe, command, preparation, parts.distiller, folder, summary)
         if first:
             _say_finished(folder)
@@ -97,7 +99,8 @@ def run(recipe: Recipe, *, command: Command, fresh: bool = False, override_resum
 
 
 def _train(
-    recipe: Recipe, preparation: Preparation, parts: Parts, folder: RunFolder, *, trackers: Sequence[str], quiet: bool
+    recipe: Recipe, preparation: Preparation, parts: Parts, folder: RunFolder, *, trackers: Sequence[str], quiet: bool,
+    overridden: Sequence[str] = (),
 ) -> TrainingSummary:
     data, teacher, author = preparation.data, parts.teacher, parts.author
     beside = None
@@ -111,13 +114,14 @@ def _train(
     if beside is not None:
         fingerprints |= {"text beside": beside.rows.fingerprint}
     if preparation.writing is not None and preparation.writing.reward is not None:
-        fingerprints |= {"reward function": preparation.writing.reward.fingerprint}
+        fingerprints |= {REWARD_KEY: preparation.writing.reward.fingerprint}
     kept = {"teacher": teacher} if isinstance(teacher, SelfTeacher) and teacher.weights == "average" else None
     with closing(teacher) if teacher is not None else nullcontext(), closing(author) if author is not None else nullcontext():
         return train(
             parts.distiller, teacher, data.train, data.validation, recipe.training, folder, seed=recipe.run.seed,
             pad_token=preparation.pad_token, packed_tokens=recipe.data.max_tokens if recipe.data.packing else None,
             trackers=trackers, quiet=quiet, fingerprints=fingerprints, author=author, kept=kept, beside=beside,
+            overridden=overridden,
         )  # fmt: skip
 
 

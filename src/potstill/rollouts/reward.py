@@ -10,6 +10,8 @@ from potstill.rollouts.named_function import NamedFunction, load_function
 from potstill.rollouts.writing import Completion
 
 KEY = "rollouts.reward.function"
+# What was committed before is kept; a function that was changed is another one, and a resume asks whether that is meant.
+_REMEDY = f"; mend it and go on with --override-resume {KEY}"
 ARGUMENTS = ("prompt", "answer", "reference", "row")
 
 
@@ -51,17 +53,17 @@ class Reward:
         try:
             given = self._function(*texts, columns)
         except Exception as error:
-            raise ConfigError(f"{where} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{where} failed: {type(error).__name__}: {error}{_REMEDY}") from error
         return _number(given, where)
 
 
 def _number(given: Any, where: str) -> float:
     if isinstance(given, str | bytes) or not hasattr(given, "__float__"):
-        raise ConfigError(f"{where} gave {given!r:.80}, a {type(given).__name__}; a number is needed")
+        raise ConfigError(f"{where} gave {given!r:.80}, a {type(given).__name__}; a number is needed{_REMEDY}")
     try:
         number = float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ConfigError(f"{where} gave {given!r:.80}, which is not one number ({error})") from error
+        raise ConfigError(f"{where} gave {given!r:.80}, which is not one number ({error}){_REMEDY}") from error
     if not math.isfinite(number):
-        raise ConfigError(f"{where} gave {number}, which is not finite")
+        raise ConfigError(f"{where} gave {number}, which is not finite{_REMEDY}")
     return number

@@ -6,7 +6,7 @@ committed. What the state means is for state.py and the trainer to know.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,16 @@ def load_checkpoint(path: Path) -> CheckpointState:
     return state
 
 
-def refuse_other(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(recorded: Mapping[str, Any], now: Mapping[str, Any], overridden: Collection[str] = ()) -> None:
     """Compares fingerprints (of data, tokenizer, teacher ...) with those of the run. Raises IncompatibleError naming what differs.
 
-    Measured numbers, which a fingerprint marks by a tolerance, may differ by it.
+    Measured numbers, which a fingerprint marks by a tolerance, may differ by it. A fingerprint under the name of a recipe's key may
+    differ where that key is `overridden`.
     """
-    for name in sorted(recorded.keys() | now.keys()):
+    for name in sorted((recorded.keys() | now.keys()) - set(overridden)):
+        regardless = f", or go on regardless with --override-resume {name}" if "." in name and " " not in name else ""
         if Provenance({name: recorded.get(name)}).differences(Provenance({name: now.get(name)})):
             raise IncompatibleError(
                 f"checkpoint: this run began with another {name} ({json.dumps(recorded.get(name))}, now {json.dumps(now.get(name))}); "
-                "restore it, or --fresh starts over"
+                f"restore it, or --fresh starts over{regardless}"
             )

@@ -4,7 +4,7 @@ Also the progress of a run, which a checkpoint carries. It knows no data and no 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ class Kept(Protocol):
 
 @dataclass
 class Saver:
-    """Commits and restores through a run folder. `fingerprints` must be equal when a run is resumed."""
+    """Commits and restores through a run folder. `fingerprints` must be equal when a run is resumed, but for those `overridden`."""
 
     folder: RunFolder
     ranks: Ranks
@@ -66,6 +66,7 @@ class Saver:
     committed: int | None = None
     resumed_from: int | None = None
     kept: dict[str, Kept] = field(default_factory=dict)
+    overridden: Collection[str] = ()
     _clock: float = field(default_factory=time.monotonic)
 
     # ------------------------------------------------------------ at the start
@@ -79,7 +80,7 @@ class Saver:
         notes = [f"passed over a torn checkpoint: {torn}" for torn in latest.torn]
         if latest.path is not None:
             self.found = checkpoint.load_checkpoint(latest.path)
-            checkpoint.refuse_other(self.found.numbers["fingerprints"], self.fingerprints)
+            checkpoint.refuse_other(self.found.numbers["fingerprints"], self.fingerprints, self.overridden)
             self.progress = Progress.of(self.found.numbers["progress"])
             self.committed = self.resumed_from = self.progress.step
         # No rank may cut the logs back, or commit anew, while another still looks.

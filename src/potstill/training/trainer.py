@@ -5,7 +5,7 @@ It assembles the order of rows, the arguments, the checkpoint to resume from and
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,14 @@ def train(
     distiller: Distiller, teacher: Teacher | None, train_set: Sequence[Example], validation_set: Sequence[Example] | None,
     config: TrainingConfig, folder: RunFolder, *, seed: int, pad_token: int, packed_tokens: int | None = None,
     trackers: Sequence[str] = (), quiet: bool = False, fingerprints: Mapping[str, Any] | None = None,
-    author: Author | None = None, kept: Mapping[str, Kept] | None = None, beside: Beside | None = None,
+    author: Author | None = None, kept: Mapping[str, Kept] | None = None, beside: Beside | None = None, overridden: Collection[str] = (),
 ) -> TrainingSummary:  # fmt: skip
     """Trains `distiller` in place and resumes by itself from what `folder` holds. Every rank calls it.
 
     `packed_tokens` is the length of packed rows, None trains on one example a row. `quiet` shows no progress bar. `fingerprints` are
-    further things that must be what they were when the run is resumed, by name. `author` writes what is learned from, where the data
-    set does not; `beside` is plain text with an order of its own; `kept` are further parts whose state every checkpoint holds, by name.
+    further things that must be what they were when the run is resumed, by name, but for those `overridden`. `author` writes what is
+    learned from, where the data set does not; `beside` is plain text with an order of its own; `kept` are further parts whose state
+    every checkpoint holds, by name.
     With early stopping the weights at the end are those of the best evaluation. Raises InterruptedRun after SIGTERM or SIGINT and
     NonFiniteError for a step that must not be taken (everything before it is committed), ConfigError, DataError and IncompatibleError
     before the first step.
@@ -87,7 +88,7 @@ def train(
         )  # fmt: skip
         ranks = Ranks()
         own = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
-        saver = Saver(folder, ranks, {**own, **(fingerprints or {})}, keep=config.keep_checkpoints)
+        saver = Saver(folder, ranks, {**own, **(fingerprints or {})}, keep=config.keep_checkpoints, overridden=overridden)
         saver.kept = {**({"author": author} if author is not None else {}), **(kept or {})}
         notes = saver.look_for_checkpoint()
         if config.early_stopping:
