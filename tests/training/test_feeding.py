@@ -42,3 +42,22 @@ def test_what_the_teacher_reads_instead_does_not_leave_its_context_either():
         assert view.tokens.shape[1] == width
         with torch.no_grad():
             assert len(teacher.rows(view)) == batch.num_targets
+
+
+def test_packed_rows_that_the_teacher_reads_behind_longer_prompts_do_not_leave_its_context():
+    """Three documents in one row, and beside them a single one with much padding: each is read as it would be alone."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=11, n_embd=8, n_layer=1, n_head=2, vocab_size=9)
+    teacher = CausalLM(GPT2LMHeadModel(config).eval(), 9)
+    told = [Example([3, 4, 5, 6], [False, True, True, True], index, teacher_prompt=[7] * 8, prompt_length=1) for index in range(4)]
+    rows = Rows(told, pad_token=0, seed=0, max_tokens=12)
+    assert len(rows) == 2
+    view = rows.batch([0, 1]).teacher_view
+    assert view is not None
+    alone = Rows(told[:1], pad_token=0, seed=0, max_tokens=None).batch([0]).teacher_view
+    assert alone is not None
+    with torch.no_grad():
+        found, expected = teacher.rows(view), teacher.rows(alone)
+    torch.testing.assert_close(found, expected.repeat(4, 1))

@@ -48,6 +48,10 @@ def collate(
     if any(example.teacher_prompt is not None for example in inside):
         read = [[example.for_teacher() for example in row] for row in rows]
         view = collate(read, pad_token=pad_token, multiple_of=multiple_of, widest=widest_view)
+        if view.is_packed:
+            # Longer prompts make packed rows wider than any context: beside them, padding takes no position that no document has.
+            longest = max(len(example.tokens) for row in read for example in row)
+            view = replace(view, positions=view.positions.clamp_max(longest - 1))
         if view.num_targets != batch.num_targets:
             raise ValueError("the teacher's view of a batch has other targets than the student's")
     return replace(batch, **known, teacher_view=view) if view is not None or any(v is not None for v in known.values()) else batch

@@ -19,7 +19,7 @@ from potstill.objectives.likelihood import Likelihood
 from potstill.objectives.policy import PolicyGradient
 from potstill.signals import TeacherSignal
 
-# What the distiller asks of an objective: `needs`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
+# What the distiller asks of an objective: `needs`, `reduction`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
 Objective = DistributionMatching | Likelihood | PolicyGradient
 
 
