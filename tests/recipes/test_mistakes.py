@@ -33,9 +33,16 @@ def test_of_a_key_with_several_kinds_only_the_kind_that_was_meant_complains(chan
     assert len(lines) == (2 if "pth" in str(change) else 1), lines
 
 
-def test_a_rule_about_a_key_that_is_not_written_names_the_whole_key():
-    given = {"data": {"train": "x.txt", "format": "text"}, "teacher": {"kind": "local", "path": "t"}, "rollouts": {"author": "student"}}
-    with pytest.raises(ConfigError, match=r"^\S+: rollouts\.prompt_tokens: rows of the format text have no prompt"):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"format": "text"}, r"rollouts\.prompt_tokens: rows of the format text have no prompt"),
+        ({"max_tokens": 64}, r"rollouts\.sampling\.max_new_tokens: 256 and a prompt do not fit"),
+    ],
+)
+def test_a_rule_about_a_key_that_is_not_written_names_the_whole_key(data, said):
+    given = {"data": {"train": "x", **data}, "teacher": {"kind": "local", "path": "t"}, "rollouts": {"author": "student"}}
+    with pytest.raises(ConfigError, match=rf"^\S+: {said}"):
         recipe_from_values(MINIMAL | given)
 
 

@@ -208,7 +208,9 @@ def _located(message: str, path: Path, model: type[BaseModel], values: Any) -> t
         inside = _at(values, path)
         if part in model.model_fields and path[:1] == (part,):
             begun, message = True, message.removeprefix(part).lstrip(".: ")
-        elif isinstance(inside, dict) and (begun or part in inside or (not path and part in model.model_fields)):
+        elif (begun and inside is None) or (
+            isinstance(inside, dict) and (begun or part in inside or (not path and part in model.model_fields))
+        ):
             begun, path, message = True, (*path, part), message.removeprefix(part).lstrip(".: ")
     for quoted in re.findall(r"'([a-z_]+)'", message):
         inside = _at(values, path)
