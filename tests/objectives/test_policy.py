@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from potstill.batch import Batch
+from potstill.batch import Batch, Example
+from potstill.data.collation import collate
 from potstill.errors import ConfigError, IncompatibleError
 from potstill.head import Head
 from potstill.objectives import DIVERGENCES
@@ -300,3 +301,15 @@ def test_text_that_cannot_be_credited_is_refused():
         made(support="written").total(rows, Head(weight), TeacherSignal(TargetOutcomes(torch.zeros(3))), BATCH)
     with pytest.raises(ConfigError, match="use PolicyGradient"):
         DistributionMatching(divergence="reverse_kl", support="written")
+
+
+def test_a_token_that_the_student_would_never_have_drawn_does_not_make_the_loss_infinite():
+    """From text of another, or older text: its ratio is 0 in float32, and so is its credit."""
+    weight = torch.tensor([[0.0], [-100.0], [0.0]], requires_grad=True)
+    batch = collate([[Example([0, 1], [False, True], 0, log_probs=[0.0, -1.6])]], pad_token=0)
+    signal = TeacherSignal(TargetOutcomes(torch.tensor([-0.1])))
+    loss = PolicyGradient(support="written").total(torch.tensor([[1.0]]), Head(weight), signal, batch)
+    assert torch.isfinite(loss.total)
+    loss.total.backward()
+    assert weight.grad is not None
+    assert float(weight.grad.abs().max()) < 1e-30

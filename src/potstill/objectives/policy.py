@@ -24,6 +24,9 @@ from potstill.objectives.targets import teacher_log_probs
 from potstill.objectives.weights import sequence_weight
 from potstill.signals import Needs, TeacherOutcomes, TeacherSignal
 
+# Nats of a log-ratio beyond which the estimate of the divergence, a value for the log alone, grows no more: e^60 can still be summed.
+_MOST = 60.0
+
 
 @dataclass(frozen=True)
 class _Credit:
@@ -129,7 +132,8 @@ class PolicyGradient(nn.Module):
             by_row["log_ratio"] = credit.log_ratio
         if self.written:
             assert credit.log_ratio is not None
-            by_row["divergence"] = credit.importance * (credit.log_ratio.expm1() - credit.log_ratio)
+            # A token that another drew can be all but impossible for the student: its credit is then 0, and must not be logged as infinite.
+            by_row["divergence"] = credit.importance * (credit.log_ratio.clamp_max(_MOST).expm1() - credit.log_ratio)
             value = (weights * by_row["divergence"]).sum()
             loss = replace(loss, divergence=value)
         else:
