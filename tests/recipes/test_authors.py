@@ -67,6 +67,17 @@ def test_a_mixture_goes_by_steps_and_plain_text_stands_beside(place):
             assert line["loss"] == pytest.approx(line["loss/student"] + line["loss/text"], rel=1e-4)
 
 
+def test_plain_text_beside_the_data_set_has_a_loss_of_its_own_in_the_log(place):
+    (place / "beside.txt").write_text("".join(f"Plain text number {number} about foxes and dogs.\n" for number in range(12)))
+    given = f"rollouts={{author: dataset, text: {{path: {place}/beside.txt, max_tokens: 24, weight: 0.5}}}}"
+    folder = place / "beside"
+    assert potstill("distill", place / "r.yaml", *SHORT, "objective.kd_ratio=1.0", f"run.folder={folder}", given) == 0
+    lines = [line for line in RunFolder.read(folder).read_metrics() if "loss" in line]
+    assert streams(lines) == {"dataset", "text"}
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/dataset"] + 0.5 * line["loss/text"], rel=1e-4)
+
+
 def test_a_reward_sees_the_row_and_moves_the_loss(place):
     (place / "reward.py").write_text("def short(prompt, answer, reference, row):\n    return len(row['output']) - len(answer)\n")
     lines = run(place, "reward", f"author: student, reward: {{function: '{place}/reward.py:short'}}", "objective.divergence=reverse_kl")

@@ -314,8 +314,9 @@ class DistillationTrainer(Trainer):
                 logs["loss/kd"] = divergence
             logs |= {"tokens_per_second": parts.tokens_per_second, "target_tokens": float(self.progress.targets)}
             logs["peak_gib"] = self.ranks.largest([peak_gib(self.args.device)])[0]
+            logs |= {} if self.feed.author is None and self.feed.beside is None else parts.by_stream(self.ranks)
             if self.feed.author is not None:
-                logs |= parts.by_stream(self.ranks) | dict(self.feed.author.metrics())
+                logs |= dict(self.feed.author.metrics())
                 self.folder.append_rollouts(self.state.global_step, self.feed.author.texts())
             if self.progress.non_finite_steps:
                 logs["non_finite_steps"] = float(self.progress.non_finite_steps)
