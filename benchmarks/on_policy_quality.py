@@ -184,11 +184,11 @@ def show(folder: Path) -> None:
                     continue
                 right = [np.stack([one.correct for one in measured[name]]) for name in (method, other)]
                 found = compare_correct(*right)
-                cells.append(f"{found.difference.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}, p {format_p(found.p_value)})")
+                cells.append(f"{found.difference.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}, {format_p(found.p_value)})")
             cells.append(_said(row["forward_kl"]))
             if method != "SFT" and measured["SFT"]:
                 kl = compare_metric("forward_kl", [one.distances for one in measured[method]], [one.distances for one in measured["SFT"]])
-                cells[-1] += f" ({kl.difference.value:+.3f}, p {format_p(kl.p_value)})"
+                cells[-1] += f" ({kl.difference.value:+.3f}, {format_p(kl.p_value)})"
             cells.append(_said(row["bits_per_byte"]))
             print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -9,10 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Installed before anything of potstill is imported: the annotations of these rooms are then checked at every call.
 install_import_hook(["potstill.batch", "potstill.head", "potstill.signals", "potstill.objectives"], "beartype.beartype")
+
+# The same examples in every run: a check either passes or fails for what was changed. HYPOTHESIS_PROFILE=default draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -95,7 +95,7 @@ def records(draw):
 def test_any_row_round_trips(case):
     record, vocabulary = case
     decoded = round_trip(record, vocabulary)
-    assert_sane(record, decoded, mean=5e-4)
+    assert_sane(record, decoded, mean=1e-2)  # of rows of any shape only the bound of a single row is promised
     assert not len(record) or (decoded.target_log_probs is None) == (record.target_log_probs is None)
     assert torch.equal(decoded.log_probs.isneginf().sum(1), record.log_probs.isneginf().sum(1))
 
