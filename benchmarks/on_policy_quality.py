@@ -149,6 +149,7 @@ def _affordable(folder: Path, method: str) -> int:
 
 
 _COLUMNS = ("method", "steps", "seconds", "exact match", "against SFT", "against offline KD", "forward KL (against SFT)", "bits per byte")
+_DISTANCES = ("forward_kl", "bits_per_byte")
 
 
 def show(folder: Path) -> None:
@@ -169,6 +170,11 @@ def show(folder: Path) -> None:
             continue
         print(f"\nat equal {by}\n| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|")
         measured = {}
+        seeds = sorted({record["seed"] for record in records})
+        starts = [exam.take(load_for_exam(folder / f"start-{seed}" / "student", tokenizer), teacher) for seed in seeds]
+        begun = model_row("start", starts).estimates
+        cells = ["where all begin", "", "", *(_said(begun[name]) if name else "" for name in ("exact_match", "", "", *_DISTANCES))]
+        print("| " + " | ".join(cells) + " |")
         for method in METHODS:
             mine = sorted((record for record in records if record["method"] == method), key=lambda record: record["seed"])
             runs = [folder / by / f"{slug(method)}-{record['seed']}" for record in mine]
