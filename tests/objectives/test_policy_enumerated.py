@@ -62,7 +62,7 @@ def averaged(world: Tables, objective: PolicyGradient, *, reward=None, outcomes=
     return {prefix: gradient[:, place].tolist() for prefix, place in states.items()}, value
 
 
-def same(found, wanted, atol=1e-8):
+def assert_same(found, wanted, atol=1e-8):
     for prefix, row in wanted.items():
         assert found[prefix] == pytest.approx(row, abs=atol), prefix
 
@@ -89,7 +89,7 @@ def discounted(discount):
 def test_tokens_alone_give_the_local_gradient_wherever_they_were_drawn(choices, drawn):
     world = tables(drawn=drawn)
     found, value = averaged(world, policy(**choices))
-    same(found, world.local_slopes())
+    assert_same(found, world.local_slopes())
     assert value == pytest.approx(sum(world.visits(p) * world.local(p, world.student[p]) for p in world.prefixes()), abs=1e-9)
 
 
@@ -104,13 +104,13 @@ def test_without_ratios_text_that_another_drew_gives_another_gradient():
 def test_the_undiscounted_return_gives_the_gradient_of_the_sequences_divergence(baseline, outcomes):
     world = tables()
     found, _ = averaged(world, policy(support="written", future="discounted", baseline=baseline), outcomes=outcomes)
-    same(found, world.sequence_slopes(world.sequence_reverse_kl))
+    assert_same(found, world.sequence_slopes(world.sequence_reverse_kl))
 
 
 def test_the_local_term_in_closed_form_and_the_return_give_it_as_well():
     world = tables()
     found, _ = averaged(world, policy(support="full", future="discounted"))
-    same(found, world.sequence_slopes(world.sequence_reverse_kl))
+    assert_same(found, world.sequence_slopes(world.sequence_reverse_kl))
 
 
 @pytest.mark.parametrize("support", ["full", "written"])
@@ -119,7 +119,7 @@ def test_the_local_term_in_closed_form_and_the_return_give_it_as_well():
 def test_a_discounted_return(support, drawn, discount):
     world = tables(drawn=drawn)
     found, _ = averaged(world, policy(support=support, future="discounted", discount=discount))
-    same(found, added(world.local_slopes(), world.return_slopes(discounted(discount))))
+    assert_same(found, added(world.local_slopes(), world.return_slopes(discounted(discount))))
 
 
 @pytest.mark.parametrize("drawn", [None, "elsewhere", "teacher_mixed"])
@@ -127,7 +127,7 @@ def test_minillm(drawn):
     """The single step in closed form, the rest by the mean of what follows; teacher-mixed text with its weights."""
     world = tables(drawn=drawn)
     found, _ = averaged(world, policy(support="full", future="mean"))
-    same(found, added(world.local_slopes(), world.return_slopes(mean)))
+    assert_same(found, added(world.local_slopes(), world.return_slopes(mean)))
 
 
 def test_minillm_on_one_kept_token_credits_with_the_recorded_targets():
@@ -149,9 +149,9 @@ def test_a_reward_beside_the_divergence(support):
 
     found, _ = averaged(world, policy(support=support, reward_weight=0.7), reward=reward)
     of_reward = world.sequence_slopes(lambda text, student: -0.7 * reward(text))
-    same(found, added(world.local_slopes(), of_reward))
+    assert_same(found, added(world.local_slopes(), of_reward))
     weighed, _ = averaged(world, policy(support=support, reward_weight=0.7, kd_weight=0.3), reward=reward)
-    same(weighed, added({p: [0.3 * x for x in row] for p, row in world.local_slopes().items()}, of_reward))
+    assert_same(weighed, added({p: [0.3 * x for x in row] for p, row in world.local_slopes().items()}, of_reward))
 
 
 @pytest.mark.parametrize("choices", [{"support": "full", "future": "mean"}, {"support": "written", "future": "discounted"}])

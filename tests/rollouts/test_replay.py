@@ -207,7 +207,7 @@ def _take(author, step, rows):
 def test_a_run_is_the_naive_loop_of_the_paper():
     """Against a reference in lists: which text is learned at every step, fresh and replayed, and what lies in the buffer."""
     author, twin = _author(), _author()
-    writer = twin._both._writers["student"]
+    writer = twin._writers["student"]
     memory: list[Example] = []
     seen = []
     for step in range(STEPS):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from potstill.batch import Example
 from potstill.rollouts.author import Stream
-from potstill.rollouts.both import Both, Writes
+from potstill.rollouts.both import BothWrite, Writes
 from potstill.rollouts.writing import uniform
 
 
@@ -56,7 +56,7 @@ class OneAuthor:
         self._writer.close()
 
 
-class MixtureAuthor:
+class MixtureAuthor(BothWrite):
     """Each step on the student's text with probability `share`, else on the other writer's, or the data set's where there is none.
 
     One draw a step, from (seed, step): all ranks and a resumed run make the same one. A share of 0 is the others alone, of 1 the
@@ -64,41 +64,8 @@ class MixtureAuthor:
     """
 
     def __init__(self, student_writer: Writes, other_writer: Writes | None, share: float, seed: int):
-        self._both, self._share, self._seed = Both(student_writer, other_writer), share, seed
-
-    @property
-    def most_streams(self) -> int:
-        return 1
+        super().__init__(student_writer, other_writer)
+        self._share, self._seed = share, seed
 
     def streams(self, step: int) -> Sequence[tuple[Stream, float]]:
-        return [("student" if uniform(self._seed, step) < self._share else self._both.others, 1.0)]
-
-    def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
-        return self._both.write(stream, rows, step)
-
-    def begin(self, step: int) -> None:
-        """Nothing: what is written next asks for the weights of its step."""
-
-    def step_done(self, step: int, *, taken: bool = True) -> None:
-        self._both.step_done()
-
-    def validated(self, loss: float) -> None:
-        """Nothing: the share does not follow the loss."""
-
-    def metrics(self) -> Mapping[str, float]:
-        return self._both.metrics()
-
-    def texts(self) -> list[dict[str, Any]]:
-        return self._both.texts()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, self._both.state()
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self._both.restore(numbers)
-
-    def heed(self, check: Callable[[], None]) -> None:
-        self._both.heed(check)
-
-    def close(self) -> None:
-        self._both.close()
+        return [("student" if uniform(self._seed, step) < self._share else self.others, 1.0)]

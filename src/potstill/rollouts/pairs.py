@@ -3,23 +3,19 @@
 What is made of the two, skew KL on the one and skew reverse KL on the other, is the objectives' matter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from potstill.batch import Example
 from potstill.rollouts.author import Stream
-from potstill.rollouts.both import Both, Writes
+from potstill.rollouts.both import BothWrite, Writes
 from potstill.rollouts.config import PairConfig
 
 
-class PairAuthor:
+class PairAuthor(BothWrite):
     """Two streams a step over the same rows: the others' times 2 - B, and the student's times B."""
 
     def __init__(self, student_writer: Writes, other_writer: Writes | None, config: PairConfig, *, num_steps: int):
         """`other_writer` is the teacher's; None takes the answers of the data set. `num_steps` is the length of the run."""
-        self._both = Both(student_writer, other_writer)
+        super().__init__(student_writer, other_writer)
         self._config, self._num_steps = config, max(num_steps, 1)
 
     @property
@@ -33,35 +29,5 @@ class PairAuthor:
     def streams(self, step: int) -> Sequence[tuple[Stream, float]]:
         """Without what has no weight, which would cost as much as the other."""
         own = self.student_weight(step)
-        both: list[tuple[Stream, float]] = [(self._both.others, 2.0 - own), ("student", own)]
+        both: list[tuple[Stream, float]] = [(self.others, 2.0 - own), ("student", own)]
         return [(stream, weight) for stream, weight in both if weight]
-
-    def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
-        return self._both.write(stream, rows, step)
-
-    def begin(self, step: int) -> None:
-        """Nothing: what is written next asks for the weights of its step."""
-
-    def step_done(self, step: int, *, taken: bool = True) -> None:
-        self._both.step_done()
-
-    def validated(self, loss: float) -> None:
-        """Nothing: the weights follow the step, not the loss."""
-
-    def metrics(self) -> Mapping[str, float]:
-        return self._both.metrics()
-
-    def texts(self) -> list[dict[str, Any]]:
-        return self._both.texts()
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, self._both.state()
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        self._both.restore(numbers)
-
-    def heed(self, check: Callable[[], None]) -> None:
-        self._both.heed(check)
-
-    def close(self) -> None:
-        self._both.close()

@@ -4,7 +4,7 @@ How often which comes is schedule.py's matter, what is kept is buffer.py's; here
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from potstill.batch import Example
 from potstill.rollouts.author import Group, Stream
-from potstill.rollouts.both import Both, Writes
+from potstill.rollouts.both import BothWrite, Writes
 from potstill.rollouts.buffer import Record, ReplayBuffer, gathered
 from potstill.rollouts.config import ReplayConfig
 from potstill.rollouts.schedule import Branch, Schedule
 
 
-class ReplayAuthor:
+class ReplayAuthor(BothWrite):
     """One stream a step. Text is put into the buffer when the step that it was written for has been taken: a break before it loses
     nothing, and what a refused step was about does not come again.
 
@@ -30,31 +30,28 @@ class ReplayAuthor:
         self, student_writer: Writes, other_writer: Writes | None, config: ReplayConfig, *, seed: int, num_steps: int, group: Group
     ):
         """`other_writer` is the teacher's; None takes the answers of the data set. `num_steps` is the length of the run."""
-        self._both, self._group, self._seed = Both(student_writer, other_writer), group, seed
+        super().__init__(student_writer, other_writer)
+        self._group, self._seed = group, seed
         self.schedule = Schedule(config, seed=seed, num_steps=num_steps)
         self.buffer = ReplayBuffer(config.capacity)
         self._fresh: list[Record] = []  # of the step in progress, as is what follows
         self._drawn: dict[str, int] = {}
         self._line: Counter[str] = Counter()  # since the last line of the log: steps by branch, replayed answers and their ages
 
-    @property
-    def most_streams(self) -> int:
-        return 1
-
     def branch(self, step: int) -> Branch:
         """What the step after `step` steps is taken on."""
         return self.schedule.branch(step, buffer_full=self.buffer.full)
 
     def streams(self, step: int) -> Sequence[tuple[Stream, float]]:
-        return [(self._both.others if self.branch(step) == "others" else "student", 1.0)]
+        return [(self.others if self.branch(step) == "others" else "student", 1.0)]
 
     def write(self, stream: Stream, rows: Sequence[int], step: int) -> list[Example]:
         self._fresh, self._drawn = [], {}
         if stream != "student":
-            return self._both.write(stream, rows, step)
+            return super().write(stream, rows, step)
         if self.branch(step) == "replayed":
             return self._replayed(rows, step)
-        written = self._both.write(stream, rows, step)
+        written = super().write(stream, rows, step)
         records = [Record.of(example, row, step) for row, example in zip(rows, written, strict=True) if example.num_targets]
         self._fresh = gathered(records, self._group.gather)
         return written
@@ -66,15 +63,12 @@ class ReplayAuthor:
         self._drawn = {"answers": len(drawn), "ages": sum(step - record.step for record in drawn)}
         return [drawn[int(place)].example() for place in np.searchsorted(every, np.array(rows, dtype=np.int64))]
 
-    def begin(self, step: int) -> None:
-        """Nothing: what is written next asks for the weights of its step."""
-
     def step_done(self, step: int, *, taken: bool = True) -> None:
         self._line.update({self.branch(step - 1): 1, **self._drawn})
         if taken:  # text that broke a step would break others
             self.buffer.push(self._fresh)
         self._fresh, self._drawn = [], {}
-        self._both.step_done()
+        super().step_done(step, taken=taken)
 
     def validated(self, loss: float) -> None:
         self.schedule.validated(loss)
@@ -88,25 +82,15 @@ class ReplayAuthor:
             found |= {f"rollouts/{branch}": line[branch] / steps for branch in ("fresh", "replayed")}
         if line["answers"]:
             found["rollouts/age"] = line["ages"] / line["answers"]
-        return {**self._both.metrics(), **found}
-
-    def texts(self) -> list[dict[str, Any]]:
-        """Of fresh text alone: the rest was shown when it was written."""
-        return self._both.texts()
+        return {**super().metrics(), **found}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        numbers = {"writers": self._both.state(), "schedule": self.schedule.state(), "line": dict(self._line)}
+        numbers = {"writers": super().state()[1], "schedule": self.schedule.state(), "line": dict(self._line)}
         return self.buffer.tensors(), numbers
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self._fresh, self._drawn = [], {}
-        self._both.restore(numbers.get("writers", {}))
+        super().restore({}, numbers.get("writers", {}))
         self.buffer.restore(tensors)
         self.schedule.restore(numbers.get("schedule", {}))
         self._line = Counter(numbers.get("line", {}))
-
-    def heed(self, check: Callable[[], None]) -> None:
-        self._both.heed(check)
-
-    def close(self) -> None:
-        self._both.close()
