@@ -6,7 +6,8 @@ It knows nothing of models; `potstill.models` reads it off one, `potstill.object
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,11 @@ class Head:
     def vocabulary_size(self) -> int:
         """Width of the logits, padded rows included."""
         return self.weight.shape[0]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Head":
+        """The same arithmetic with every tensor changed: cast, moved, or cut from its gradient."""
+        low_rank = tuple(replace(delta, down=change(delta.down), up=change(delta.up)) for delta in self.low_rank)
+        return replace(self, weight=change(self.weight), bias=None if self.bias is None else change(self.bias), low_rank=low_rank)
 
     def factors(self, rows: Float[Tensor, "N D"], training: bool = False) -> list[tuple[Tensor, Tensor]]:
         """The products whose sum is the linear part: [(rows, weight), (scaling * low_rank_rows, up), ...].

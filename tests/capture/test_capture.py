@@ -12,8 +12,8 @@ from potstill.cache.store import CacheReader, CacheWriter
 from potstill.capture import disk, recording
 from potstill.capture.capture import say_end
 from potstill.capture.disk import bytes_per_row
-from potstill.capture.progress import CaptureProgress
 from potstill.capture.units import Share
+from potstill.counting_progress import CountingProgress
 from potstill.errors import IncompatibleError, InterruptedRun, OutageError, StorageError, TeacherError
 from potstill.head import Head
 from potstill.signals import Needs, Offers
@@ -90,11 +90,11 @@ def test_a_cache_behind_fsspec(tmp_path):
 
 
 def test_every_rows_sequence_is_seen_by_the_progress(capsys):
-    with CaptureProgress(100, quiet=False) as progress:
+    with CountingProgress(100, doing="Capturing", done="captured", unit="tokens", quiet=False) as progress:
         progress._said -= 100
         progress.advance(40)
     assert "captured 40 of 100 tokens" in capsys.readouterr().err
-    with CaptureProgress(100, quiet=True) as progress:
+    with CountingProgress(100, doing="Capturing", done="captured", unit="tokens", quiet=True) as progress:
         progress._said -= 100
         progress.advance(40)
     assert capsys.readouterr().err == ""

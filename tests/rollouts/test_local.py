@@ -3,40 +3,13 @@
 import pytest
 import torch
 
+from local_writing import PROMPTS, STOPS, greedy_by_transformers, local_generator, tokens_of
 from potstill.errors import ModelError, UsageError
 from potstill.models.causal_lm import CausalLM
 from potstill.rollouts.local import LocalGenerator
-from potstill.rollouts.writing import Prompt, Sampling, seed_of
+from potstill.rollouts.writing import Prompt, Sampling
 from tiny import tiny_llama
 from tiny_families import FAMILIES, family_model
-
-STOPS = [2, 50, 51]
-LENGTHS = (5, 1, 9, 3, 12, 7)
-
-
-def _tokens(count: int, seed: int) -> tuple[int, ...]:
-    return tuple(torch.randint(3, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-PROMPTS = [Prompt(_tokens(length, row), seed_of(0, row)) for row, length in enumerate(LENGTHS)]
-
-
-def _generator(model, **changes) -> LocalGenerator:
-    return LocalGenerator(CausalLM(model, 96), **{"stop_ids": STOPS, "pad_token": 0, **changes})
-
-
-def _greedy_by_transformers(model, prompts: list[Prompt], count: int) -> list[list[int]]:
-    """One prompt at a time, so that no padding is in it either."""
-    answers = []
-    for prompt in prompts:
-        given = torch.tensor([prompt.tokens])
-        found = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
-            eos_token_id=STOPS, pad_token_id=0,
-        )
-        answers.append(found[0, len(prompt.tokens) :].tolist())
-    return answers
-
 
 # A plain cache, learned positions, windows of 4 tokens with a soft-cap, windows alone, positions from the mask.
 QUICK = ("llama", "qwen2", "gpt2", "gemma2", "mistral", "bloom", "opt")
@@ -52,8 +25,8 @@ def _families() -> list:
 @pytest.mark.parametrize("family", _families())
 def test_greedy_text_is_that_of_transformers_token_for_token(family):
     model = family_model(family)
-    found = _generator(model).generate(PROMPTS, Sampling(temperature=0, max_new_tokens=20))
-    assert [list(answer.tokens) for answer in found] == _greedy_by_transformers(model, PROMPTS, 20)
+    found = local_generator(model).generate(PROMPTS, Sampling(temperature=0, max_new_tokens=20))
+    assert [list(answer.tokens) for answer in found] == greedy_by_transformers(model, PROMPTS, 20)
     for answer in found:
         assert answer.ended == (answer.tokens[-1] in STOPS)
         assert answer.ended or len(answer.tokens) == 20
@@ -61,43 +34,43 @@ def test_greedy_text_is_that_of_transformers_token_for_token(family):
 
 def test_a_family_without_a_key_value_cache_is_refused_by_name():
     with pytest.raises(ModelError, match="MambaForCausalLM keeps no key-value cache"):
-        _generator(family_model("mamba"))
+        local_generator(family_model("mamba"))
 
 
 def test_an_answer_depends_on_its_own_seed_and_prompt_alone():
     model = tiny_llama(vocabulary_size=96)
     sampling = Sampling(max_new_tokens=20)
-    together = _generator(model).generate(PROMPTS, sampling)
+    together = local_generator(model).generate(PROMPTS, sampling)
     assert len({len(answer.tokens) for answer in together}) > 2  # rows left the batch at different tokens
     for size in (1, 2, 4):
-        for answer, other in zip(together, _generator(model, batch_size=size).generate(PROMPTS, sampling), strict=True):
+        for answer, other in zip(together, local_generator(model, batch_size=size).generate(PROMPTS, sampling), strict=True):
             assert other.tokens == answer.tokens
             assert other.log_probs == pytest.approx(answer.log_probs, abs=1e-5)
-    backwards = _generator(model).generate(PROMPTS[::-1], sampling)[::-1]
+    backwards = local_generator(model).generate(PROMPTS[::-1], sampling)[::-1]
     assert [answer.tokens for answer in backwards] == [answer.tokens for answer in together]
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UsageError, match="prompt 1 has no token"):
-        _generator(tiny_llama(vocabulary_size=96)).generate([PROMPTS[0], Prompt((), 1)], Sampling())
+        local_generator(tiny_llama(vocabulary_size=96)).generate([PROMPTS[0], Prompt((), 1)], Sampling())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_a_prompt_beyond_a_table_of_positions_is_refused_before_anything_is_written(family):
     model = family_model(family)
-    fits, beyond = Prompt(_tokens(55, 0), 0), Prompt(_tokens(56, 0), 0)
-    assert len(_generator(model, stop_ids=[]).generate([fits], Sampling(max_new_tokens=10))[0].tokens) == 10
+    fits, beyond = Prompt(tokens_of(55, 0), 0), Prompt(tokens_of(56, 0), 0)
+    assert len(local_generator(model, stop_ids=[]).generate([fits], Sampling(max_new_tokens=10))[0].tokens) == 10
     with pytest.raises(UsageError, match=r"reads at most 64 tokens, and prompt 1 with an answer of 10 has 65"):
-        _generator(model).generate([fits, beyond], Sampling(max_new_tokens=10))
+        local_generator(model).generate([fits, beyond], Sampling(max_new_tokens=10))
 
 
 def test_positions_that_are_computed_have_no_end():
-    answer = _generator(family_model("llama"), stop_ids=[]).generate([Prompt(_tokens(60, 0), 0)], Sampling(max_new_tokens=10))[0]
+    answer = local_generator(family_model("llama"), stop_ids=[]).generate([Prompt(tokens_of(60, 0), 0)], Sampling(max_new_tokens=10))[0]
     assert len(answer.tokens) == 10
 
 
 def test_no_prompts_no_answers():
-    assert _generator(tiny_llama(vocabulary_size=96)).generate([], Sampling()) == []
+    assert local_generator(tiny_llama(vocabulary_size=96)).generate([], Sampling()) == []
 
 
 def _log_probs_of(model, prompt: Prompt, answer) -> torch.Tensor:
@@ -120,15 +93,15 @@ def test_log_probabilities_are_those_of_a_forward_pass_while_rows_leave(family):
 
 def test_padding_of_every_row_is_forgotten_once_the_long_prompts_have_ended():
     model = tiny_llama(vocabulary_size=96)
-    prompts = [Prompt(_tokens(60, 1), 1), *PROMPTS]
+    prompts = [Prompt(tokens_of(60, 1), 1), *PROMPTS]
     widths = []
     handle = model.model.layers[0].self_attn.register_forward_hook(
         lambda _module, _inputs, kwargs, _output: widths.append(kwargs["past_key_values"].layers[0].keys.shape[-2]), with_kwargs=True
     )
     # Whichever token comes first ends the long prompt's answer, so that it leaves at once.
-    first = _generator(model, stop_ids=[]).generate(prompts[:1], Sampling(max_new_tokens=1))[0].tokens[0]
+    first = local_generator(model, stop_ids=[]).generate(prompts[:1], Sampling(max_new_tokens=1))[0].tokens[0]
     widths.clear()
-    answers = _generator(model, stop_ids=[first]).generate(prompts, Sampling(max_new_tokens=30))
+    answers = local_generator(model, stop_ids=[first]).generate(prompts, Sampling(max_new_tokens=30))
     handle.remove()
     assert len(answers[0].tokens) == 1
     assert widths[0] == 60
@@ -142,11 +115,11 @@ def test_a_prompt_that_is_asked_several_times_is_read_once():
     prompts = [Prompt(PROMPTS[0].tokens, seed) for seed in range(6)] + [PROMPTS[2]]
     sizes = []
     handle = model.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: sizes.append(tuple(inputs[0].shape)))
-    answers = _generator(model, stop_ids=[]).generate(prompts, Sampling(max_new_tokens=3))
+    answers = local_generator(model, stop_ids=[]).generate(prompts, Sampling(max_new_tokens=3))
     handle.remove()
     assert sizes == [(2, 9), (7, 1), (7, 1)]
     assert len({answer.tokens for answer in answers[:6]}) > 1
-    alone = [_generator(model, stop_ids=[]).generate([prompt], Sampling(max_new_tokens=3))[0].tokens for prompt in prompts]
+    alone = [local_generator(model, stop_ids=[]).generate([prompt], Sampling(max_new_tokens=3))[0].tokens for prompt in prompts]
     assert [answer.tokens for answer in answers] == alone
 
 
@@ -155,21 +128,21 @@ def test_the_rows_of_the_head_beyond_the_tokens_are_never_drawn():
     with torch.no_grad():
         model.lm_head.weight[96:] = 50 * model.lm_head.weight[:32]  # louder than any real token
     for sampling in (Sampling(max_new_tokens=12), Sampling(temperature=0, max_new_tokens=12)):
-        answers = _generator(model).generate(PROMPTS, sampling)
+        answers = local_generator(model).generate(PROMPTS, sampling)
         assert max(token for answer in answers for token in answer.tokens) < 96
-    sampled = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
+    sampled = local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
     for prompt, answer in zip(PROMPTS, sampled, strict=True):
         assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
 
 
 def test_what_the_model_says_of_generation_is_not_read():
     model = tiny_llama(vocabulary_size=96)
-    before = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    before = local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
     settings = model.generation_config
     settings.top_k, settings.temperature, settings.eos_token_id, settings.max_length = 1, 0.1, list(range(96)), 3
     settings.repetition_penalty, settings.use_cache = 5.0, False
     model.config.use_cache = False
-    assert _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == before
+    assert local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == before
 
 
 # ---------------------------------------------------------------- what is around it stays as it was
@@ -177,9 +150,9 @@ def test_what_the_model_says_of_generation_is_not_read():
 
 def test_training_mode_gradients_and_random_states_stay_and_dropout_does_not_act():
     model = tiny_llama(vocabulary_size=96, attention_dropout=0.5)
-    still = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    still = local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
     model.train()
-    generator = _generator(model)
+    generator = local_generator(model)
     model.model.layers[1].eval()
     state = torch.get_rng_state()
     assert generator.generate(PROMPTS, Sampling(max_new_tokens=8)) == still
@@ -193,19 +166,19 @@ def test_training_mode_gradients_and_random_states_stay_and_dropout_does_not_act
 
 def test_the_cache_is_on_under_activation_checkpointing_which_stays_on():
     model = tiny_llama(vocabulary_size=96)
-    still = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
+    still = local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=8))
     model.train()
     model.activation_checkpointing_enable()
     lengths = []
     model.model.embed_tokens.register_forward_hook(lambda _module, inputs, _output: lengths.append(inputs[0].shape[1]))
-    assert _generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == still
+    assert local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=8)) == still
     assert lengths == [12] + [1] * 7
     assert model.model.layers[0].gradient_checkpointing
 
 
 def test_what_heeding_raises_ends_the_writing_and_the_mode_comes_back():
     model = tiny_llama(vocabulary_size=96).train()
-    generator, asked = _generator(model, stop_ids=[]), []
+    generator, asked = local_generator(model, stop_ids=[]), []
 
     def check() -> None:
         asked.append(None)
@@ -220,7 +193,7 @@ def test_what_heeding_raises_ends_the_writing_and_the_mode_comes_back():
 
 
 def test_the_version_is_the_step_that_was_said_last():
-    generator = _generator(tiny_llama(vocabulary_size=96))
+    generator = local_generator(tiny_llama(vocabulary_size=96))
     assert generator.generate(PROMPTS[:1], Sampling(max_new_tokens=2))[0].version == 0
     generator.refresh(7)
     assert generator.generate(PROMPTS[:1], Sampling(max_new_tokens=2))[0].version == 7
@@ -251,7 +224,7 @@ def test_a_rank_without_rows_steps_along_as_often_as_the_others(batch_size):
             forwards[rank] += 1
 
         models[rank].model.register_forward_hook(counted)
-        generator = _generator(models[rank], agree=agree, batch_size=batch_size)
+        generator = local_generator(models[rank], agree=agree, batch_size=batch_size)
         found[rank] = generator.generate(prompts, Sampling(max_new_tokens=9))
 
     found: dict = {}
@@ -261,7 +234,7 @@ def test_a_rank_without_rows_steps_along_as_often_as_the_others(batch_size):
     for thread in threads:
         thread.join()
     assert forwards[0] == forwards[1] > 0
-    alone = _generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=9))
+    alone = local_generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=9))
     assert [answer.tokens for answer in found[0]] == [answer.tokens for answer in alone]
     assert [answer.tokens for answer in found[1]] == [alone[0].tokens]
 
@@ -279,6 +252,6 @@ def test_the_parameters_of_the_root_are_asked_for_around_everything():
 
     seen = []
     model.model.register_forward_hook(lambda *_: seen.append(bool(inside)))
-    _generator(model, enter=enter).generate(PROMPTS[:2], Sampling(max_new_tokens=3))
+    local_generator(model, enter=enter).generate(PROMPTS[:2], Sampling(max_new_tokens=3))
     assert seen == [True] * 3
     assert not inside

@@ -3,38 +3,13 @@
 import pytest
 import torch
 
+from local_writing import PROMPTS, STOPS, greedy_by_transformers, local_generator
 from potstill.models.adapters import add_lora
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoraConfig
 from potstill.rollouts.local import LocalGenerator
-from potstill.rollouts.writing import Prompt, Sampling, seed_of
+from potstill.rollouts.writing import Prompt, Sampling
 from tiny import tiny_llama
-
-STOPS = [2, 50, 51]
-
-
-def _tokens(count: int, seed: int) -> tuple[int, ...]:
-    return tuple(torch.randint(3, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-PROMPTS = [Prompt(_tokens(length, row), seed_of(0, row)) for row, length in enumerate((5, 1, 9, 3, 12, 7))]
-
-
-def _generator(model, **changes) -> LocalGenerator:
-    return LocalGenerator(CausalLM(model, 96), **{"stop_ids": STOPS, "pad_token": 0, **changes})
-
-
-def _greedy_by_transformers(model, prompts: list[Prompt], count: int) -> list[list[int]]:
-    """One prompt at a time, so that no padding is in it either."""
-    answers = []
-    for prompt in prompts:
-        given = torch.tensor([prompt.tokens])
-        found = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
-            eos_token_id=STOPS, pad_token_id=0,
-        )
-        answers.append(found[0, len(prompt.tokens) :].tolist())
-    return answers
 
 
 def _log_probs_of(model, prompt: Prompt, answer) -> torch.Tensor:
@@ -57,7 +32,7 @@ def _adapted(seed: int):
 
 def test_an_adapter_on_trunk_and_head_is_heard():
     model = _adapted(0).train()
-    answers = _generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
+    answers = local_generator(model).generate(PROMPTS, Sampling(max_new_tokens=12))
     model.eval()
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=1e-5)
@@ -73,11 +48,11 @@ def test_narrow_weights_are_read_as_training_reads_them(ambient):
         model.to(torch.bfloat16)
         model.model.layers[1].mlp.down_proj.float()  # without autocast it refuses what comes from the narrow layers
     with torch.autocast("cpu", torch.bfloat16) if ambient else nullcontext():
-        answers = _generator(model.eval()).generate(PROMPTS, Sampling(max_new_tokens=12))
+        answers = local_generator(model.eval()).generate(PROMPTS, Sampling(max_new_tokens=12))
     with torch.autocast("cpu", torch.bfloat16):
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=0.05)
-    wide = _generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=12))
+    wide = local_generator(tiny_llama(vocabulary_size=96)).generate(PROMPTS, Sampling(max_new_tokens=12))
     assert [answer.log_probs for answer in wide] != [answer.log_probs for answer in answers]
 
 
@@ -88,7 +63,7 @@ def test_quantised_weights_write_what_a_forward_pass_says(bits, tmp_path):
     tiny_llama(vocabulary_size=96, width=64).save_pretrained(tmp_path)
     quantisation = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, dtype=torch.float32)
-    answers = _generator(model).generate(PROMPTS[:3], Sampling(max_new_tokens=8))
+    answers = local_generator(model).generate(PROMPTS[:3], Sampling(max_new_tokens=8))
     # LLM.int8 rounds activations by what stands beside them in the batch.
     for prompt, answer in zip(PROMPTS, answers, strict=False):
         assert list(answer.log_probs) == pytest.approx(_log_probs_of(model, prompt, answer).tolist(), abs=0.05 if bits == 8 else 1e-3)
@@ -102,7 +77,7 @@ def test_trained_models_write_as_transformers_does(name, shared_data):
     size = model.config.vocab_size
     prompts = [Prompt(tuple(token % size for token in prompt.tokens), prompt.seed) for prompt in PROMPTS]
     found = LocalGenerator(CausalLM(model, size), stop_ids=STOPS, pad_token=0).generate(prompts, Sampling(temperature=0, max_new_tokens=32))
-    assert [list(answer.tokens) for answer in found] == _greedy_by_transformers(model, prompts, 32)
+    assert [list(answer.tokens) for answer in found] == greedy_by_transformers(model, prompts, 32)
     drawn = LocalGenerator(CausalLM(model, size), stop_ids=STOPS, pad_token=0).generate(prompts, Sampling(max_new_tokens=32))
     for prompt, answer in zip(prompts, drawn, strict=True):
         with torch.no_grad():

@@ -132,19 +132,17 @@ def test_the_loss_is_what_is_written_and_the_weighted_text(unbroken):
 # ---------------------------------------------------------------- broken off
 
 
-@pytest.mark.parametrize("turn", [14, 27, 39])
+_TURNS = [14, 27, 39]
+_OTHER_TURNS = [turn for turn in range(13, STEPS * TURNS + 1) if turn not in _TURNS]
+
+
+@pytest.mark.parametrize("turn", [*_TURNS, *(pytest.param(turn, marks=pytest.mark.slow) for turn in _OTHER_TURNS)])
 def test_killed_in_a_micro_batch(turn, unbroken, tmp_path):
     from potstill.training.seam import DistillationTrainer
 
     assert _killed(tmp_path / "run", DistillationTrainer, "training_step", turn) == -signal.SIGKILL
     assert max((tmp_path / "run" / "checkpoints").glob("step-*")).name == f"step-{(turn - 1) // TURNS // 3 * 3:08d}"
     _assert_as_unbroken(tmp_path / "run", unbroken)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("turn", range(13, STEPS * TURNS + 1))
-def test_killed_in_any_micro_batch(turn, unbroken, tmp_path):
-    test_killed_in_a_micro_batch(turn, unbroken, tmp_path)
 
 
 def test_killed_while_the_student_writes(unbroken, tmp_path):

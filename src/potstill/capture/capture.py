@@ -19,10 +19,10 @@ from potstill.cache.store import CacheWriter
 from potstill.capture.config import CaptureConfig
 from potstill.capture.disk import predicted_bytes, require_room
 from potstill.capture.journal import Journal
-from potstill.capture.progress import CaptureProgress
 from potstill.capture.recording import Recorder
 from potstill.capture.scoring import needs_of
 from potstill.capture.units import Scorer, Sequences, Share, Unit, sequences_of, units
+from potstill.counting_progress import CountingProgress
 from potstill.data.examples import ExampleSet
 from potstill.errors import InterruptedRun
 from potstill.head import Head
@@ -136,7 +136,8 @@ def _ask(asking: _Asking, planned: Sequence[Unit]) -> CaptureSummary:
         before_commit=lambda: confirm(asking.scorer.teacher),
     )  # fmt: skip
     with (
-        SignalWatch("committing what was answered") as watch, CaptureProgress(int(sequences.lengths.sum()), quiet=asking.quiet) as progress,
+        SignalWatch("committing what was answered") as watch,
+        CountingProgress(int(sequences.lengths.sum()), doing="Capturing", done="captured", unit="tokens", quiet=asking.quiet) as progress,
         recorder, suppress(_BrokenOff),
     ):  # fmt: skip
         heed(asking.scorer.teacher, partial(_break_off, watch))

@@ -5,6 +5,8 @@ targets is the batch's affair, what becomes of the rows the objective's.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -94,3 +96,17 @@ class CausalLM(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Head]:
         """`rows` and `head` in one call, for what wraps a module's forward."""
         return self.rows(batch), self.head()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode: no dropout, and activation checkpointing, which would switch a cache off, does not act. Afterwards every part is
+    in the mode that it was in."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -17,6 +17,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from potstill.cache.provenance import NOTES, Provenance
+from potstill.counting_progress import CountingProgress
 from potstill.data.answer_columns import Question, answered, open_rows, refuse_unwritable
 from potstill.data.collation import padding_id
 from potstill.data.config import DataConfig
@@ -35,12 +36,11 @@ from potstill.models.loading import choose_dtype, load_tokenizer
 from potstill.models.tokenizers import vocabulary_size
 from potstill.recipes.assemble import join_ranks
 from potstill.recipes.generate_rules import CHECKER_KEY, writer_of
-from potstill.recipes.preparation import read_model, refuse_too_short, stop_ids
+from potstill.recipes.preparation import ends_of, read_model, refuse_too_short
 from potstill.recipes.provenance import measured, weights_of
 from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import own_device, prove
 from potstill.recipes.words import in_words, printable
-from potstill.recipes.writing_progress import WritingProgress
 from potstill.recipes.written_rows import Making, make_data_set, said_of
 from potstill.rollouts.answers_folder import AnswersFolder, Given, Job
 from potstill.rollouts.checkers import CHECKERS, make_checker
@@ -119,15 +119,16 @@ def read_writer(recipe: Recipe) -> Writer:
     if isinstance(config, ServerTeacherConfig):
         model = LoadingConfig(path=config.tokenizer) if config.tokenizer is not None else recipe.student
         tokenizer = load_tokenizer(model)
-        stops = () if config.tokenizer is not None else stop_ids(model, read_model(model).config)
+        # Of a tokenizer alone no more is known; a model's own ends are known too.
+        eos = tokenizer.eos_token_id
+        alone = (eos,) if isinstance(eos, int) else ()
+        stops = alone if config.tokenizer is not None else ends_of(model, read_model(model))
         size = vocabulary_size(tokenizer)
     else:
         reader = read_model(config)
         refuse_too_short(recipe, {key: reader})
-        tokenizer, stops = reader.tokenizer, stop_ids(config, reader.config)
+        tokenizer, stops = reader.tokenizer, ends_of(config, reader)
         size = min(vocabulary_size(tokenizer), reader.width)
-    eos = tokenizer.eos_token_id
-    stops = tuple(dict.fromkeys([*stops, eos] if isinstance(eos, int) else stops))
     if not stops:
         raise IncompatibleError(
             f"{key}: neither its tokenizer nor its configuration names a token that ends an answer; name it: {key}.eos_token"
@@ -254,7 +255,7 @@ def write_answers(
     done = 0
     with (
         closing(make_generator(recipe, writer)) as generator, SignalWatch("committing what was written") as watch,
-        WritingProgress(sum(map(len, mine)), quiet=quiet) as progress, suppress(_BrokenOff),
+        CountingProgress(sum(map(len, mine)), doing="Writing", done="wrote", unit="answers", quiet=quiet) as progress, suppress(_BrokenOff),
     ):  # fmt: skip
         generator.heed(partial(_break_off, watch))
         for unit in mine:

@@ -84,6 +84,12 @@ def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(stated) if isinstance(stated, list) else () if stated is None else (int(stated),)
 
 
+def ends_of(config: LoadingConfig, reader: Reader) -> tuple[int, ...]:
+    """Where a model ends an answer: the ids at which it stops, then its tokenizer's EOS, each once."""
+    eos = reader.tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*stop_ids(config, reader.config), *([eos] if isinstance(eos, int) else [])]))
+
+
 def teacher_name(recipe: Recipe) -> str:
     """What messages call the teacher."""
     teacher = recipe.teacher

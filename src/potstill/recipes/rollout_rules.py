@@ -76,8 +76,7 @@ def _self_teacher(recipe: "Recipe") -> None:
         if teacher.weights == "live" and data.teacher_prompt is None:
             raise ValueError(
                 "teacher.weights: live and no data.teacher_prompt: teacher and student would be the same at every token, so that nothing "
-                "is "
-                "learned; say data.teacher_prompt, such as '{prompt}\\n\\nThe answer is {answer}'"
+                "is learned; say data.teacher_prompt, such as '{prompt}\\n\\nThe answer is {answer}'"
             )
         if recipe.training.fsdp:
             raise ValueError("training.fsdp: a student that is its own teacher must be whole on each rank; leave fsdp out")
@@ -108,8 +107,7 @@ def _prompts(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
     if writes and taken > data.max_tokens:
         raise ValueError(
             f"rollouts.sampling.max_new_tokens: {longest} and a prompt do not fit into data.max_tokens: {data.max_tokens}; raise the one "
-            f"or "
-            "lower the other"
+            "or lower the other"
         )
 
 
@@ -136,8 +134,7 @@ def _teacher(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
         if isinstance(member, CacheTeacherConfig) and (asked or rollouts.teacher_writes):
             raise ValueError(
                 f"{key}.kind: a cache holds answers to the rows of the data set, and none to text that is not written yet; name the "
-                f"teacher "
-                "itself, or say rollouts.author=dataset"
+                "teacher itself, or say rollouts.author=dataset"
             )
         if isinstance(member, LocalTeacherConfig) and member.sharded and rollouts.teacher_writes:
             raise ValueError(f"{key}.sharded: a teacher that writes must be whole on each rank; leave sharded out")
@@ -148,8 +145,8 @@ def _student_text(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
     if recipe.teacher is None:
         raise ValueError(
             "rollouts.author: without a teacher there is nothing to learn from the student's own text: a reward stands beside a "
-            "divergence; "
-            "add a teacher and say potstill distill (teacher={kind: self} with an adapter holds it near its base), or say author: dataset"
+            "divergence; add a teacher and say potstill distill (teacher={kind: self} with an adapter holds it near its base), or say "
+            "author: dataset"
         )
     chosen = objective.on_student_text or objective
     if chosen.on_student_text is not None:
@@ -157,8 +154,7 @@ def _student_text(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
     if not chosen.asks_teacher:
         raise ValueError(
             f"{key}.{'divergence' if chosen.divergence == 'cross_entropy' else 'kd_ratio'}: the student's own text is learned by a "
-            f"divergence "
-            "alone, never by cross-entropy; name one, as in objective.on_student_text={divergence: reverse_kl}"
+            "divergence alone, never by cross-entropy; name one, as in objective.on_student_text={divergence: reverse_kl}"
         )
     if objective.on_student_text is not None and chosen.weights[1] > 0:
         weight = "kd_ratio" if chosen.kd_weight is None else "sft_weight"
@@ -166,15 +162,13 @@ def _student_text(recipe: "Recipe", rollouts: RolloutsConfig) -> None:
     if objective.on_student_text is None and by_drawn_tokens(objective) and learns_given_text(rollouts):
         raise ValueError(
             f"objective.{'support' if objective.support == 'written' else 'policy'}: credits tokens that the student drew, and with the "
-            f"author "
-            f"{rollouts.author} other text is learned too; put it under objective.on_student_text"
+            f"author {rollouts.author} other text is learned too; put it under objective.on_student_text"
         )
     if (by_drawn_tokens(chosen) or rollouts.reward is not None) and not rollouts.sampling.whole:
         why = "rollouts.reward" if rollouts.reward is not None and not by_drawn_tokens(chosen) else key
         raise ValueError(
             f"rollouts.sampling: {why} credits the tokens that were drawn, and with temperature 0, top_p or top_k some could never be; "
-            f"leave "
-            "top_p and top_k out and set a temperature above 0"
+            "leave top_p and top_k out and set a temperature above 0"
         )
     follows_loss = rollouts.author == "replay" and rollouts.replay.schedule == "distillm" and rollouts.replay.start == 0
     if follows_loss and recipe.data.validation is None:

@@ -14,9 +14,8 @@ from potstill.data.lines import Rejects
 from potstill.data.prepare import prepare
 from potstill.data.sources import read_training_sources
 from potstill.errors import ConfigError, ModelError
-from potstill.models.config import LoadingConfig
 from potstill.recipes.fitting import members
-from potstill.recipes.preparation import Preparation, Reader, stop_ids
+from potstill.recipes.preparation import Preparation, ends_of
 from potstill.recipes.schema import Recipe
 from potstill.rollouts.config import RolloutsConfig, TextConfig
 from potstill.rollouts.named_function import NamedFunction
@@ -86,20 +85,15 @@ def _texts(recipe: Recipe, config: TextConfig, preparation: Preparation, quiet: 
 
 def _ends(recipe: Recipe, preparation: Preparation) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that end the student's answers: where it stops, and how the rows' own answers end. The same for every teacher at hand."""
-    student = _stops(recipe.student, preparation.student) | _ends_of_rows(preparation)
+    student = {*ends_of(recipe.student, preparation.student)} | _ends_of_rows(preparation)
     if not student:
         raise ModelError(f"student.path: {recipe.student.path} names no end-of-text token; say which with student.eos_token")
     stops = [
-        _stops(member, preparation.teachers[key]) for key, member in members(recipe.teacher)
+        {*ends_of(member, preparation.teachers[key])} for key, member in members(recipe.teacher)
         if isinstance(member, LocalTeacherConfig) and key in preparation.teachers
     ]  # fmt: skip
     teacher = set.intersection(*stops) if stops else student
     return tuple(sorted(student)), tuple(sorted(teacher))
-
-
-def _stops(config: LoadingConfig, reader: Reader) -> set[int]:
-    eos = reader.tokenizer.eos_token_id
-    return {*stop_ids(config, reader.config), *([eos] if isinstance(eos, int) else [])}
 
 
 def _ends_of_rows(preparation: Preparation) -> set[int]:

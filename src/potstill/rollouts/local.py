@@ -5,14 +5,14 @@ carries finished rows along. What a token is drawn from is drawing.py's affair, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from potstill.errors import IncompatibleError, UsageError
-from potstill.models.causal_lm import CausalLM
+from potstill.models.causal_lm import CausalLM, evaluating
 from potstill.rollouts.drawing import draw, uniforms
 from potstill.rollouts.mixed import mixture
 from potstill.rollouts.reading import Reader, Voice, reach, require_cache
@@ -71,7 +71,7 @@ class LocalGenerator:
             self._require(number, prompt, sampling)
         completions: list[Completion | None] = [None] * len(prompts)
         writers = [self._model] if self._teacher is None else [self._model, self._teacher]
-        with self._enter(), _evaluating(writers):
+        with self._enter(), evaluating(*writers):
             voices = [Voice(writer, self._model.vocabulary_size) for writer in writers]
             for rows in _batches(prompts, self._batch_size):
                 for row, completion in zip(rows, self._write(voices, [prompts[row] for row in rows], sampling), strict=True):
@@ -168,16 +168,3 @@ def _batches(prompts: Sequence[Prompt], size: int | None) -> Iterator[list[int]]
     size = size or max(len(order), 1)
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-@contextmanager
-def _evaluating(models: Sequence[CausalLM]) -> Iterator[None]:
-    """Evaluation mode: no dropout, and activation checkpointing, which would switch the cache off, does not act. Restored after."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -5,7 +5,6 @@ It answers whatever batch it is given; that the batch holds the teacher's prompt
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,7 @@ from torch.func import functional_call
 
 from potstill.batch import Batch
 from potstill.errors import IncompatibleError
-from potstill.head import Head, LowRank
-from potstill.models.causal_lm import CausalLM
+from potstill.models.causal_lm import CausalLM, evaluating
 from potstill.signals import FullOutcomes, Needs, Offers, TeacherSignal
 
 Weights = Literal["live", "base", "average"]
@@ -65,13 +63,15 @@ class SelfTeacher:
             return TeacherSignal()
         self._refuse_sharded()
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self.student))
+            stack.enter_context(evaluating(self.student))
             if self.weights == "base":
                 stack.enter_context(_without_adapter(self.student))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(batch.tokens.device.type, self.autocast, cache_enabled=False))
             rows, head = functional_call(self.student, self._placed(), (batch,)) if self._average else self.student(batch)
-        return TeacherSignal(FullOutcomes(rows.to(self.autocast), _fixed(head, self.autocast)))
+        # A constant: it shares the weights where no dtype is asked for, and takes no gradient to them.
+        fixed = head.each(lambda tensor: tensor.detach().to(self.autocast))
+        return TeacherSignal(FullOutcomes(rows.to(self.autocast), fixed))
 
     @torch.no_grad()
     def step_done(self) -> None:
@@ -133,18 +133,6 @@ def _has_adapter(student: CausalLM) -> bool:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every part is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
 def _without_adapter(student: CausalLM) -> Iterator[None]:
     """The base model. peft turns gradients on and off with its adapters; afterwards they are wanted of what they were wanted of."""
     wanted = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
@@ -154,13 +142,6 @@ def _without_adapter(student: CausalLM) -> Iterator[None]:
     finally:
         for parameter, grad in wanted:
             parameter.requires_grad_(grad)
-
-
-def _fixed(head: Head, dtype: torch.dtype | None) -> Head:
-    """The head as a constant: it shares the weights where no dtype is asked for, and takes no gradient to them."""
-    low_rank = tuple(LowRank(d.down.detach().to(dtype), d.up.detach().to(dtype), d.scaling, d.dropout) for d in head.low_rank)
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return replace(head, weight=head.weight.detach().to(dtype), bias=bias, low_rank=low_rank)
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -5,14 +5,12 @@ loss. It knows no teacher (it gets the answer), no optimizer and no denominator:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from potstill.batch import Batch
-from potstill.head import Head, LowRank
 from potstill.models.causal_lm import CausalLM
 from potstill.objectives.distribution import DistributionMatching
 from potstill.objectives.likelihood import Likelihood
@@ -21,12 +19,6 @@ from potstill.signals import TeacherSignal
 
 # What the distiller asks of an objective: `needs`, `reduction`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
 Objective = DistributionMatching | Likelihood | PolicyGradient
-
-
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    low_rank = tuple(LowRank(d.down.to(dtype), d.up.to(dtype), d.scaling, d.dropout) for d in head.low_rank)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return replace(head, weight=head.weight.to(dtype), bias=bias, low_rank=low_rank)
 
 
 DATASET = "dataset"
@@ -81,7 +73,7 @@ class Distiller(nn.Module):
         if torch.is_autocast_enabled(kind):
             # The vocabulary-wide weight is cast once here; inside the loss autocast would cast it for every chunk.
             dtype = torch.get_autocast_dtype(kind)
-            rows, head = rows.to(dtype), _cast(head, dtype)
+            rows, head = rows.to(dtype), head.each(lambda tensor: tensor.to(dtype))
         with torch.autocast(kind, enabled=False):
             loss = self.objective_of(stream).total(rows, head, signal, batch)
         return loss.total, loss.cross_entropy, loss.divergence
