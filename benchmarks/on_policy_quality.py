@@ -118,7 +118,7 @@ def choose_rates(folder: Path, methods: list[str], seed: int) -> None:
         for rate in RATES:
             at = folder / "rates" / f"{slug(method)}-{rate:g}"
             train(recipe_of(method, seed, at, steps=RATE_STEPS, rate=rate, start=start))
-            found[rate] = float(exam.take(load_for_exam(at / "student", tokenizer), None).correct.mean())
+            found[rate] = exam.take(load_for_exam(at / "student", tokenizer), None).scores.estimate("exact_match").value
         rates = read(folder / "rates.json")
         write(folder / "rates.json", rates | {method: {"chosen": max(found, key=lambda rate: found[rate]), "validation": found}})
         print(method, {f"{rate:g}": round(value, 3) for rate, value in found.items()}, flush=True)
@@ -154,16 +154,16 @@ _DISTANCES = ("forward_kl", "bits_per_byte")
 
 def show(folder: Path) -> None:
     """Each method against SFT and against offline KD on the test tasks, with the error of tasks and seeds."""
-    from potstill.evaluation.comparison import compare_correct, format_p
-    from potstill.evaluation.metrics import compare_metric
+    from potstill.evaluation.comparison import format_p
+    from potstill.evaluation.scores import compare_scores, estimate_over_seeds
     from potstill.models.config import ModelConfig
     from potstill.models.loading import load_tokenizer
-    from potstill.recipes.quickstart_results import Exam, load_for_exam, model_row
+    from potstill.recipes.quickstart_results import Exam, load_for_exam
 
     tokenizer = load_tokenizer(ModelConfig(path=str(QUICKSTART / "teacher" / "student")))
     exam = Exam(QUICKSTART / "data" / "test.jsonl", tokenizer, MAX_TOKENS)
     teacher = load_for_exam(QUICKSTART / "teacher" / "student", tokenizer)
-    print(f"teacher: {exam.take(teacher, None).correct.mean():.3f} exact match; {len(exam.rows)} test tasks")
+    print(f"teacher: {exam.take(teacher, None).scores.estimate('exact_match').value:.3f} exact match; {len(exam.rows)} test tasks")
     for by in ("updates", "compute"):
         records = [read(file) for file in sorted((folder / by).glob("*.json"))]
         if not records:
@@ -171,29 +171,28 @@ def show(folder: Path) -> None:
         print(f"\nat equal {by}\n| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|")
         measured = {}
         seeds = sorted({record["seed"] for record in records})
-        starts = [exam.take(load_for_exam(folder / f"start-{seed}" / "student", tokenizer), teacher) for seed in seeds]
-        begun = model_row("start", starts).estimates
+        starts = [exam.take(load_for_exam(folder / f"start-{seed}" / "student", tokenizer), teacher).scores for seed in seeds]
+        begun = {name: estimate_over_seeds(name, starts) for name in ("exact_match", *_DISTANCES)}
         cells = ["where all begin", "", "", *(_said(begun[name]) if name else "" for name in ("exact_match", "", "", *_DISTANCES))]
         print("| " + " | ".join(cells) + " |")
         for method in METHODS:
             mine = sorted((record for record in records if record["method"] == method), key=lambda record: record["seed"])
             runs = [folder / by / f"{slug(method)}-{record['seed']}" for record in mine]
-            measured[method] = [exam.take(load_for_exam(at / "student", tokenizer), teacher) for at in runs]
+            measured[method] = [exam.take(load_for_exam(at / "student", tokenizer), teacher).scores for at in runs]
             if not mine:
                 continue
-            row = model_row(method, measured[method]).estimates
+            row = {name: estimate_over_seeds(name, measured[method]) for name in ("exact_match", *_DISTANCES)}
             cells = [method, str(mine[0]["steps"]), f"{np.mean([record['seconds'] for record in mine]):.0f}"]
             cells.append(_said(row["exact_match"]))
             for other in ("SFT", "offline KD"):
                 if method == other or len(measured.get(other, ())) != len(mine):
                     cells.append("")
                     continue
-                right = [np.stack([one.correct for one in measured[name]]) for name in (method, other)]
-                found = compare_correct(*right)
+                found = compare_scores("exact_match", measured[method], measured[other])
                 cells.append(f"{found.difference.value:+.3f} ({found.low:+.3f} to {found.high:+.3f}, {format_p(found.p_value)})")
             cells.append(_said(row["forward_kl"]))
             if method != "SFT" and measured["SFT"]:
-                kl = compare_metric("forward_kl", [one.distances for one in measured[method]], [one.distances for one in measured["SFT"]])
+                kl = compare_scores("forward_kl", measured[method], measured["SFT"])
                 cells[-1] += f" ({kl.difference.value:+.3f}, {format_p(kl.p_value)})"
             cells.append(_said(row["bits_per_byte"]))
             print("| " + " | ".join(cells) + " |", flush=True)

@@ -195,22 +195,30 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The name of a recipe o
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, a name on the hub, or a run folder (its student).", show_default=False)],
-    data: Annotated[str, typer.Option(help="A file or a hub name, as data.train in a recipe.", show_default=False)],
-    format: Annotated[str, typer.Option(help="instruct, chat, prompt_completion or text.")] = "instruct",
+    models: Annotated[list[str] | None, typer.Argument(
+        metavar="[MODEL]...", help="Model folders, names on the hub or run folders (their students); NAME=A,B are the seeds of one row.",
+    )] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A text: a file or a hub name, as data.train in a recipe.")] = None,
+    format: Annotated[str | None, typer.Option(help="Of the text: instruct (as said by default), chat, prompt_completion or text.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness: NAME, or NAME=FILE with your own data.")] = None,
+    plan: Annotated[str | None, typer.Option(help="A YAML file with tasks of every kind, models, teacher, baseline.")] = None,
     teacher: Annotated[str | None, typer.Option(help="A model to compare with: folder, hub name or run folder.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The row that every other one is compared with; by default the first.")] = None,
     output: Annotated[str | None, typer.Option(help="Where to write the record, a .json file; a run folder keeps its own.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="More, as in data.max_tokens=512.")] = None,
-) -> None:
-    """Perplexity, bits per byte and calibration of a model; with a teacher also agreement, divergences and acceptance rate."""
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Measures models on tasks: texts, benchmarks, agreement with a teacher, written answers; with uncertainty, and compared in pairs."""
     from potstill.recipes.request import evaluation_request
 
-    config, output = evaluation_request(model, data, format, teacher, output, settings or ())
+    config, output = evaluation_request(
+        models or (), data or (), format, teacher, output, settings or (), plan=plan, tasks=task or (), baseline=baseline
+    )
     _quiet_libraries()
     from potstill.evaluation.evaluate import evaluate as measure
     from potstill.reporting.terminal import print_evaluation
 
-    print_evaluation(measure(config, output=output).to_json())
+    print_evaluation(measure(config, output=output, quiet=quiet).to_json())
     if output is not None:
         sys.stdout.write(_safe(f"written to {output}\n"))
 

@@ -14,10 +14,9 @@ from potstill.evaluation.agreement import calibration_bin, expected_calibration_
 from potstill.evaluation.metrics import (
     COLUMN,
     METRICS,
-    compare_metric,
-    estimates_across_seeds,
     expected_tokens_per_round,
 )
+from potstill.evaluation.scores import compare_scores, estimate_over_seeds
 from potstill.models.causal_lm import CausalLM
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -132,7 +131,7 @@ def test_packing_padding_and_batching_change_nothing(models, examples):
     apart = measure_documents(models[0], batches(examples, size=1), models[1])
     packed = collate([[examples[4], examples[0], examples[1]], [examples[3], examples[2]], [examples[5]]], pad_token=7)
     together = measure_documents(models[0], [packed], models[1])
-    assert together.documents == apart.documents == (10, 11, 12, 13, 14, 15)
+    assert together.items == apart.items == ("10", "11", "12", "13", "14", "15")
     np.testing.assert_allclose(together.totals, apart.totals, rtol=1e-4, atol=1e-4)
 
 
@@ -206,14 +205,14 @@ def test_the_vocabulary_of_both_is_the_smaller_of_the_two(models, examples):
 def test_several_windows_of_one_document_are_one_cluster(models, examples):
     twice = [Example(example.tokens, example.is_target, 10 + number % 3) for number, example in enumerate(examples)]
     found = measure_documents(models[0], batches(twice), models[1])
-    assert found.documents == (10, 11, 12)
+    assert found.items == ("10", "11", "12")
     np.testing.assert_allclose(found.totals.sum(axis=0), measure_documents(*_first(models, examples)).totals.sum(axis=0), rtol=1e-9)
 
 
 def test_batches_that_name_no_examples_keep_their_documents_apart(models, examples):
     nameless = [Batch(one.tokens, one.positions, one.documents, one.is_target) for one in batches(examples)]
     found = measure_documents(models[0], nameless, models[1])
-    assert len(found.documents) == len(examples)
+    assert len(found.items) == len(examples)
     np.testing.assert_allclose(found.totals, measure_documents(*_first(models, examples)).totals, rtol=1e-12)
 
 
@@ -295,8 +294,8 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity(examples):
 
 def test_each_document_alone_adds_up_to_the_whole(models, examples):
     found = measure_documents(*_first(models, examples), tokenizer=tiny_tokenizer())
-    rows = found.by_document()
-    assert [row["document"] for row in rows] == [10, 11, 12, 13, 14, 15]
+    rows = found.by_item()
+    assert [row["item"] for row in rows] == ["10", "11", "12", "13", "14", "15"]
     weighted = sum(row["forward_kl"] * row["targets"] for row in rows) / sum(row["targets"] for row in rows)
     assert weighted == pytest.approx(found.estimate("forward_kl").value)
 
@@ -304,11 +303,11 @@ def test_each_document_alone_adds_up_to_the_whole(models, examples):
 def test_seeds_are_joined_and_models_compared_document_by_document(models, examples):
     runs = [measure_documents(sharp(seed), batches(examples), models[1]) for seed in (0, 2)]
     others = [measure_documents(sharp(seed), batches(examples), models[1]) for seed in (3, 4)]
-    joined = estimates_across_seeds(runs)
-    assert joined["forward_kl"].value == pytest.approx(np.mean([run.estimate("forward_kl").value for run in runs]))
-    found = compare_metric("forward_kl", runs, others)
-    assert found.difference.value == pytest.approx(joined["forward_kl"].value - estimates_across_seeds(others)["forward_kl"].value)
-    with pytest.raises(ValueError, match="different documents"):
-        compare_metric("forward_kl", runs, [measure_documents(sharp(3), batches(examples[1:]), models[1])])
-    with pytest.raises(ValueError, match="same documents"):
-        estimates_across_seeds([runs[0], measure_documents(sharp(2), batches(examples[1:]), models[1])])
+    joined = estimate_over_seeds("forward_kl", runs)
+    assert joined.value == pytest.approx(np.mean([run.estimate("forward_kl").value for run in runs]))
+    found = compare_scores("forward_kl", runs, others)
+    assert found.difference.value == pytest.approx(joined.value - estimate_over_seeds("forward_kl", others).value)
+    with pytest.raises(ValueError, match="different items"):
+        compare_scores("forward_kl", runs, [measure_documents(sharp(3), batches(examples[1:]), models[1])])
+    with pytest.raises(ValueError, match="different items"):
+        estimate_over_seeds("forward_kl", [runs[0], measure_documents(sharp(2), batches(examples[1:]), models[1])])

@@ -11,8 +11,10 @@ import torch
 from potstill.errors import ConfigError, DataError, IncompatibleError, ModelError, UsageError
 from potstill.evaluation.config import EvaluationConfig
 from potstill.evaluation.evaluate import evaluate
-from potstill.evaluation.record import EXACT_MATCH, NAMES, EvaluationRecord, ModelRecord, PairRecord
-from potstill.evaluation.statistics import Estimate, proportion_of
+from potstill.evaluation.metrics import METRICS
+from potstill.evaluation.record import EvaluationRecord, ModelRecord, TaskRecord, compare_models
+from potstill.evaluation.scores import Scores, mean
+from potstill.evaluation.task import Outcome
 from tiny import save_pair, tiny_llama, tiny_tokenizer
 
 TEXTS = ["The quick brown fox jumps.", "Add 12 and 30: the answer is 42. " * 12, "Ünïcödé, 漢字", "user assistant system"]
@@ -33,31 +35,38 @@ def folder(tmp_path_factory):
     return place
 
 
-def config(folder, **changes):
+def config(folder, *, model=None, data=None, **changes):
+    text = {"train": str(folder / "text.jsonl"), "format": "text", "max_tokens": 64} if data is None else data
     values = {
-        "model": {"path": str(folder / "student")}, "teacher": {"path": str(folder / "teacher")}, "device": "cpu",
-        "data": {"train": str(folder / "text.jsonl"), "format": "text", "max_tokens": 64},
+        "models": {"student": [model or {"path": str(folder / "student")}]}, "teacher": {"path": str(folder / "teacher")}, "device": "cpu",
+        "tasks": [{"kind": "text", "data": text}], "store": None,
     }  # fmt: skip
     return EvaluationConfig.model_validate(values | changes)
 
 
+def only_scores(record, model: int = 0) -> Scores:
+    (task,) = record.models[model].outcomes
+    (scores,) = record.models[model].scores(task)
+    return scores
+
+
 def test_the_record_holds_every_metric_and_reads_back(folder, tmp_path):
-    record = evaluate(config(folder, documents=True), output=tmp_path / "deep" / "record.json")
+    record = evaluate(config(folder, items=True), output=tmp_path / "deep" / "record.json")
     written = json.loads((tmp_path / "deep" / "record.json").read_text(encoding="utf-8"))
     assert written == record.to_json()
     model = written["models"][0]
-    assert set(model["metrics"]) == set(NAMES) - {EXACT_MATCH}
+    assert set(model["metrics"]) == {f"text/{name}" for name in METRICS}
     assert model["num_parameters"] == sum(weight.numel() for weight in tiny_llama().parameters())
     for metric in model["metrics"].values():
         assert metric["low"] <= metric["value"] <= metric["high"]
         assert metric["num_clusters"] == 4
-    assert written["data"]["window"] == 64
-    assert [document["origin"].rsplit(":")[-1] for document in written["documents"]] == ["1", "2", "3", "4"]
+    assert written["tasks"][0]["data"]["window"] == 64
+    assert [item["item"] for item in written["items"] if item["model"] == "student"] == ["0", "1", "2", "3"]
 
 
 def test_bytes_are_those_of_the_text_and_long_text_is_read_whole(folder):
     record = evaluate(config(folder))
-    bits = record.models[0].estimates["bits_per_byte"]
+    bits = only_scores(record).estimate("bits_per_byte")
     # The first token of a text has no predictor; tokens of this tokenizer begin at the first byte.
     tokenizer = tiny_tokenizer()
     first = sum(len(tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids[0])) for text in TEXTS)
@@ -65,7 +74,7 @@ def test_bytes_are_those_of_the_text_and_long_text_is_read_whole(folder):
     tokens = [len(tokenizer(text).input_ids) for text in TEXTS]
     assert max(tokens) > 64
     # An end of text is a target too.
-    assert record.models[0].estimates["perplexity"].count == sum(tokens)
+    assert only_scores(record).estimate("perplexity").count == sum(tokens)
 
 
 def test_the_perplexity_of_short_text_is_that_of_its_log_probabilities(folder, tmp_path):
@@ -73,10 +82,10 @@ def test_the_perplexity_of_short_text_is_that_of_its_log_probabilities(folder, t
     found = evaluate(config(folder, teacher=None, data={"train": str(tmp_path / "short.jsonl"), "format": "text"}))
     tokens = torch.tensor([[*tiny_tokenizer()(TEXTS[0]).input_ids, tiny_tokenizer().eos_token_id]])
     loss = tiny_llama(0)(input_ids=tokens, labels=tokens).loss.item()
-    assert found.models[0].estimates["perplexity"].value == pytest.approx(math.exp(loss), rel=1e-5)
-    assert found.models[0].estimates["perplexity"].standard_error is None
-    assert any("one document" in warning for warning in found.warnings)
-    assert found.to_json()["models"][0]["metrics"]["perplexity"]["standard_error"] is None
+    assert only_scores(found).estimate("perplexity").value == pytest.approx(math.exp(loss), rel=1e-5)
+    assert only_scores(found).estimate("perplexity").standard_error is None
+    assert any("one document" in warning for warning in found.to_json()["warnings"])
+    assert found.to_json()["models"][0]["metrics"]["short/perplexity"]["standard_error"] is None
 
 
 def test_a_teacher_with_exchanged_tokens_is_refused_before_its_weights_are_read(folder, monkeypatch):
@@ -111,7 +120,7 @@ def test_rows_that_are_left_out_are_counted(folder, tmp_path):
     lines = [json.dumps({"text": text}) for text in ["", *TEXTS]]
     (tmp_path / "gaps.jsonl").write_text("\n".join(lines) + "\n{broken\n", encoding="utf-8")
     data = {"train": str(tmp_path / "gaps.jsonl"), "format": "text", "on_bad_line": {"skip": 1}}
-    warnings = " ".join(evaluate(config(folder, teacher=None, data=data)).warnings)
+    warnings = " ".join(evaluate(config(folder, teacher=None, data=data)).to_json()["warnings"])
     assert "1 of 6 rows were empty" in warnings
     assert "1 of 6 rows were malformed" in warnings
 
@@ -126,17 +135,22 @@ def test_the_request_is_read_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_record_explains_its_numbers():
-    from potstill.evaluation.comparison import compare_correct
+def right(answers) -> Outcome:
+    totals = [[answer, 1] for answer in answers]
+    items = tuple(map(str, range(len(answers))))
+    return Outcome(Scores(items, ("right", "questions"), totals, {"exact_match": mean("exact-match accuracy", "right")}))
 
-    pair = PairRecord(EXACT_MATCH, "KD", "SFT", compare_correct([1] * 30 + [0] * 10, [0] * 15 + [1] * 15 + [0] * 10))
-    estimates = {EXACT_MATCH: proportion_of([1] * 30 + [0] * 10), "forward_kl": Estimate(float("inf"), None, 5)}
-    record = EvaluationRecord("Tasks", [ModelRecord("KD", estimates, 7, 2)], [pair]).to_json()
+
+def test_a_record_explains_its_numbers():
+    kd = ModelRecord("KD", {"tasks": [right([1] * 30 + [0] * 10)]}, 7)
+    sft = ModelRecord("SFT", {"tasks": [right([0] * 15 + [1] * 15 + [0] * 10)]}, 7)
+    task = TaskRecord("tasks", "questions", "exact_match")
+    record = EvaluationRecord("Tasks", [task], [kd, sft], compare_models([task], [(kd, sft)]), baseline="SFT").to_json()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    found = record["models"][0]["metrics"]
-    assert (found[EXACT_MATCH]["label"], found[EXACT_MATCH]["counted"]) == ("exact-match accuracy", "questions")
-    assert found["forward_kl"]["value"] is None
+    found = record["models"][0]["metrics"]["tasks/exact_match"]
+    assert (found["label"], found["counted"], found["value"]) == ("exact-match accuracy", "questions", 0.75)
     compared = record["comparisons"][0]
     assert compared["is_significant"]
+    assert compared["method"].startswith("McNemar")
     assert compared["verdict"].startswith("exact-match accuracy: KD is 0.375 higher than SFT, which is better")
-    assert "documents" not in record
+    assert "items" not in record

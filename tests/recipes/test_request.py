@@ -30,11 +30,11 @@ def place(tmp_path) -> Path:
 )
 def test_a_run_keeps_its_records_and_none_takes_the_place_of_another(place, monkeypatch, model, teacher, output, goes_to):
     monkeypatch.chdir(place)
-    assert evaluation_request(model, "rows.jsonl", "instruct", teacher, output, ())[1] == goes_to
+    assert evaluation_request([model], ["rows.jsonl"], "instruct", teacher, output)[1] == goes_to
 
 
 @pytest.mark.parametrize("output", [".", "records", "record.txt"])
 def test_a_record_that_is_no_json_file_is_refused_before_torch_is_needed(place, monkeypatch, output):
     monkeypatch.chdir(place)
     with pytest.raises(UsageError, match=r"one JSON file; name it so, for instance .*\.json"):
-        evaluation_request("run", "rows.jsonl", "instruct", None, output, ())
+        evaluation_request(["run"], ["rows.jsonl"], "instruct", None, output)

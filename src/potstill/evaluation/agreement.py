@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from potstill.batch import Batch
 from potstill.data.token_bytes import token_bytes
 from potstill.errors import DataError, NonFiniteError
-from potstill.evaluation.metrics import CALIBRATION, COLUMN, NUM_CALIBRATION_BINS, NUM_COLUMNS, Measurement
+from potstill.evaluation.metrics import CALIBRATION, COLUMN, NUM_CALIBRATION_BINS, NUM_COLUMNS, scores_of
+from potstill.evaluation.scores import Scores
 from potstill.evaluation.statistics import Estimate
 from potstill.head import Head
 from potstill.models.causal_lm import CausalLM
@@ -42,7 +43,7 @@ def measure(
 def measure_documents(
     student: CausalLM, batches: Iterable[Batch], teacher: CausalLM | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, on_batch: Callable[[Batch], None] | None = None, chunk_rows: int | None = None,
-) -> Measurement:  # fmt: skip
+) -> Scores:  # fmt: skip
     """As `measure`, with the sums of every document, for comparisons and seeds.
 
     Documents are told apart by Example.index (`batch.examples`): several windows of one document are one cluster. `chunk_rows` is
@@ -72,7 +73,7 @@ def measure_documents(
     if not np.isfinite(totals).all():
         broken = documents[int(np.flatnonzero(~np.isfinite(totals).all(axis=1))[0])]
         raise NonFiniteError(f"document {broken}: its measurement is not finite: check the weights of the model for NaN")
-    return Measurement(documents, totals, teacher is not None, tokenizer is not None)
+    return scores_of(tuple(map(str, documents)), totals, has_teacher=teacher is not None, has_bytes=tokenizer is not None)
 
 
 def _measure_batch(

@@ -3,7 +3,8 @@
 Paired throughout: an item that is hard for both says nothing about their difference. Knows nothing of models.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import exp, floor, lgamma, log, log10
 
 import numpy as np
@@ -41,6 +42,10 @@ class Comparison:
     def is_significant(self) -> bool:
         """Whether the difference is larger than its uncertainty."""
         return self.p_value < 1 - CONFIDENCE
+
+    def adjusted(self, p_value: float | None) -> "Comparison":
+        """The same comparison with a p-value that is corrected for the others beside it; None leaves it."""
+        return self if p_value is None else replace(self, p_value=p_value)
 
 
 def compare(statistic: Statistic, first: np.ndarray, second: np.ndarray, *, unit: str = "", draws: int = 2000, seed: int = 0) -> Comparison:
@@ -101,8 +106,25 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def verdict(comparison: Comparison, *, first: str, second: str, metric: str, higher_is_better: bool | None = None) -> str:
-    """One sentence for people: whether the difference is larger than its uncertainty, and what could not have been seen."""
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of one family, corrected so that the chance of any false finding among them stays at its level (Holm 1979).
+
+    The k-th smallest of m is multiplied by m - k + 1, none becomes smaller than one before it, none larger than 1.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def verdict(
+    comparison: Comparison, *, first: str, second: str, metric: str, higher_is_better: bool | None = None, family_size: int = 1
+) -> str:
+    """One sentence for people: whether the difference is larger than its uncertainty, and what could not have been seen.
+
+    The p-value is as it stands in `comparison`; `family_size` says over how many comparisons it was corrected.
+    """
     digits = decimals(comparison.difference.standard_error)
     value, unit = comparison.difference.value, f" {comparison.difference.unit}".rstrip()
     direction = "higher" if value > 0 else "lower"
@@ -114,6 +136,7 @@ def verdict(comparison: Comparison, *, first: str, second: str, metric: str, hig
         judged = "" if higher_is_better is None else (", which is better" if (value > 0) == higher_is_better else ", which is worse")
         head = f"{metric}: {first} is {abs(value):.{digits}f}{unit} {direction} than {second}{judged}"
     interval = f"95 % interval {comparison.low:+.{digits}f} to {comparison.high:+.{digits}f}, {format_p(comparison.p_value)}"
+    interval += f" after Holm's correction over {family_size} comparisons" if family_size > 1 else ""
     size = f"the smallest difference that this measurement finds four times in five is {comparison.smallest_visible:.{digits}f}{unit}"
     if comparison.is_significant:
         return f"{head} ({interval}). The difference is larger than its uncertainty; {size}."

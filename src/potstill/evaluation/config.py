@@ -1,4 +1,4 @@
-"""What `potstill evaluate` is asked. Free of torch and transformers, so that a wrong request is refused at once."""
+"""What `potstill evaluate` and a study are asked to measure. Free of torch and transformers, so that a wrong request is refused at once."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,21 +6,20 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from potstill.config import Config
-from potstill.data.config import DataConfig
 from potstill.errors import UsageError
+from potstill.evaluation.task_config import TextTaskConfig
 from potstill.models.config import LoadingConfig
 
+AnyTask = TextTaskConfig
 
-class EvaluationConfig(Config):
-    """Which model, against which teacher if any, on which text."""
 
-    model: LoadingConfig
-    """The model that is measured; with an adapter where it has one."""
+class MeasuringConfig(Config):
+    """Which tasks, against which teacher if any, and how."""
+
+    tasks: Annotated[list[AnyTask], Field(min_length=1)]
+    """What is measured; each kind of task has its own keys."""
     teacher: LoadingConfig | None = None
-    """The model that it is compared with, token by token; it must have the same tokenizer."""
-    data: DataConfig
-    """The text is all of `data.train`. Nothing is cut: text longer than `data.max_tokens` is read in windows that overlap by half,
-    each token being measured once."""
+    """The model that students are compared with; it must have the same tokenizer. It is a row of the table too."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Sequences that pass through the models at once."""
     precision: Literal["bf16", "float32"] | None = None
@@ -28,13 +27,34 @@ class EvaluationConfig(Config):
     sums are float32 and float64 either way."""
     device: str | None = None
     """Where the models run, such as cuda:1; by default a GPU if there is one."""
-    documents: bool = False
-    """Record every document's own numbers too."""
+    samples: Annotated[int, Field(ge=0)] = 30
+    """Written answers of each task that the record holds for human eyes, the same items for every model."""
+    items: bool = False
+    """Record every item's own numbers too."""
+
+
+class EvaluationConfig(MeasuringConfig):
+    """A table: models down, tasks across."""
+
+    models: Annotated[dict[str, list[LoadingConfig]], Field(min_length=1)]
+    """The models by the name that they have in the table; several under one name are the same training with other seeds."""
+    baseline: str | None = None
+    """The model that every other one is compared with; by default the first of several."""
+    before: str | None = None
+    """The student as it was before training: what was gained and forgotten is measured from it."""
+    store: str | None = "evaluations"
+    """The folder in which results are kept and found again, by the content of model and task; null keeps none."""
 
     @model_validator(mode="after")
-    def _one_text(self) -> "EvaluationConfig":
-        if self.data.validation is not None:
-            raise ValueError("data.validation: an evaluation reads one text; name it as data.train and leave validation out")
+    def _names_are_there(self) -> "EvaluationConfig":
+        for key in ("baseline", "before"):
+            name = getattr(self, key)
+            if name is not None and name not in self.models:
+                raise ValueError(f"{key}: {name!r} is no model of the table, which holds {', '.join(self.models)}")
+        if empty := [name for name, seeds in self.models.items() if not seeds]:
+            raise ValueError(f"models.{empty[0]}: names no model")
+        if len({len(seeds) for seeds in self.models.values() if len(seeds) > 1}) > 1:
+            raise ValueError("models: seeds are paired, so every model of several seeds needs equally many of them, in the same order")
         return self
 
 

@@ -1,89 +1,74 @@
-"""`potstill evaluate`: loads what it is told, measures, and writes one record. The seam between evaluation and the rooms below.
+"""`evaluate`: models down, tasks across. Prepares everything, measures what was not measured before, compares, and makes one record.
 
-Text and tokenizers are read and compared before any weights are loaded, so that what cannot work is refused at once.
+Whatever can be refused without weights is refused before any is read; a result is kept as soon as it is there. Models are loaded one
+after another, the teacher once.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from rich.progress import Progress, TaskID
 
 from potstill import storage
-from potstill.batch import Batch, Example
-from potstill.data.collation import collate
-from potstill.data.prepare import PreparedData, prepare
 from potstill.errors import ConfigError
-from potstill.evaluation.agreement import measure_documents
 from potstill.evaluation.config import EvaluationConfig, refuse_output
-from potstill.evaluation.metrics import Measurement
-from potstill.evaluation.record import EvaluationRecord, ModelRecord
-from potstill.evaluation.windows import windows
+from potstill.evaluation.record import EvaluationRecord, ModelRecord, TaskRecord, compare_models
+from potstill.evaluation.store import Store
+from potstill.evaluation.task import Exam, Outcome, Subject, Task
+from potstill.evaluation.tasks import make_tasks
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig
-from potstill.models.loading import Precision, load_model, load_tokenizer, longest_context, read_model_config
-from potstill.models.tokenizers import compare_tokenizers, refuse_different, vocabulary_size
+from potstill.models.identity import weights_digest
+from potstill.models.loading import Precision, load_model, load_tokenizer
+from potstill.models.tokenizers import vocabulary_size
 
-# Longer than any text: in evaluation nothing is cut, windows read on.
-_NO_LIMIT = 2**31 - 1
+VERSION = 1
+"""Of what the numbers mean: raised when a change of code changes a number, so that no older result is taken for it."""
+TEACHER = "teacher"
 
 
-def evaluate(config: EvaluationConfig, *, output: Path | str | None = None, console: Console | None = None) -> EvaluationRecord:
-    """Measures `config.model` on `config.data`, against `config.teacher` if there is one, and writes the record to `output`.
+@dataclass(frozen=True)
+class _Sitting:
+    """One model that sits one task."""
+
+    row: str
+    seed: int
+    model: LoadingConfig
+    task: Task
+    exam: Exam
+    statement: Mapping[str, Any]
+    with_teacher: bool
+
+
+@dataclass
+class _Rows:
+    """What is known of each row of the table as it fills."""
+
+    outcomes: dict[tuple[str, str], dict[int, Outcome]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+def evaluate(
+    config: EvaluationConfig, *, output: Path | str | None = None, console: Console | None = None, quiet: bool = False
+) -> EvaluationRecord:
+    """Measures every model of `config` on every task, compares each with the baseline, and writes the record to `output`.
 
     A bar is shown on `console` (by default stderr). Raises UsageError and its kinds for what cannot be measured.
     """
     refuse_output(output)
-    prepared = _prepare(config)
+    tasks = make_tasks(config.tasks)
     device, precision = _where(config)
-    student = CausalLM(load_model(config.model, precision=precision, device=device), prepared.vocabulary_size)
-    teacher = None
-    if config.teacher is not None:
-        teacher = CausalLM(load_model(config.teacher, precision=precision, device=device), prepared.vocabulary_size)
-    measurement = _measure(config, prepared, student, teacher, console or Console(stderr=True))
-    record = _record(config, prepared, measurement, student, f"{device}, {precision}")
+    sittings = _prepare(config, tasks, precision)
+    rows = _measure(config, sittings, device, precision, console or Console(stderr=True), quiet)
+    record = _record(config, tasks, rows, f"{device}, {precision}")
     if output is not None:
         storage.make_folder(Path(output).absolute().parent)
         storage.write_json(Path(output).absolute(), record.to_json())
     return record
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What is known before any weights are loaded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary_size: int
-    data: PreparedData
-    windows: list[Example]
-    window: int
-    notes: tuple[str, ...]
-
-
-def _prepare(config: EvaluationConfig) -> _Prepared:
-    tokenizer = load_tokenizer(config.model)
-    size, notes = vocabulary_size(tokenizer), tuple[str, ...]()
-    configs = [read_model_config(config.model).get_text_config()]
-    if config.teacher is not None:
-        configs.append(read_model_config(config.teacher).get_text_config())
-        comparison = compare_tokenizers(
-            tokenizer, load_tokenizer(config.teacher), student_width=configs[0].vocab_size, teacher_width=configs[1].vocab_size
-        )
-        refuse_different(comparison, config.model.path, config.teacher.path)
-        size, notes = comparison.vocabulary_size, comparison.notes
-    whole = config.data.model_copy(update={"max_tokens": _NO_LIMIT, "packing": False})
-    data = prepare(whole, tokenizer, seed=0, end_of_text=_stops(configs[0]))
-    window = min([config.data.max_tokens, *(context for one in configs if (context := longest_context(one)) is not None)])
-    return _Prepared(tokenizer, size, data, list(windows(data.train, window)), window, notes)
-
-
-def _stops(model_config: PreTrainedConfig) -> list[int]:
-    """The ids at which a model stops, of which a configuration names one, several or none."""
-    named = model_config.to_dict().get("eos_token_id")
-    return named if isinstance(named, list) else [] if named is None else [named]
 
 
 def _where(config: EvaluationConfig) -> tuple[str, Precision]:
@@ -97,45 +82,146 @@ def _where(config: EvaluationConfig) -> tuple[str, Precision]:
     return device, config.precision or ("bf16" if kind == "cuda" else "float32")
 
 
-def _batches(prepared: _Prepared, batch_size: int) -> Iterator[Batch]:
-    """Sequences of like length together, the longest first: little padding, and what does not fit in memory fails at once."""
-    ordered = sorted(prepared.windows, key=lambda example: -len(example.tokens))
-    for start in range(0, len(ordered), batch_size):
-        yield collate([[example] for example in ordered[start : start + batch_size]], pad_token=0, widest=prepared.window)
+# ---------------------------------------------------------------- before any weights are loaded
+
+
+def _prepare(config: EvaluationConfig, tasks: Sequence[Task], precision: Precision) -> list[_Sitting]:
+    """Every model of the table with every task, prepared; models that share nothing but a name are told apart by their weights."""
+    rows = {name: list(seeds) for name, seeds in config.models.items()}
+    teacher = config.teacher
+    if teacher is not None and len([name for name, seeds in rows.items() if teacher in seeds]) == 0:
+        rows[_free_name(rows)] = [teacher]
+    exams = {
+        (row, seed, task.name): task.prepare(model, _beside(task, model, teacher))
+        for row, seeds in rows.items() for seed, model in enumerate(seeds) for task in tasks
+    }  # fmt: skip
+    digests: dict[str, Mapping[str, str]] = {}
+
+    def digest(model: LoadingConfig) -> Mapping[str, str]:
+        return digests.setdefault(model.model_dump_json(), weights_digest(model))
+
+    sittings = []
+    for row, seeds in rows.items():
+        for seed, model in enumerate(seeds):
+            for task in tasks:
+                exam, beside = exams[row, seed, task.name], _beside(task, model, teacher)
+                statement = {
+                    "version": VERSION, "kind": task.kind, "model": digest(model), "teacher": None if beside is None else digest(beside),
+                    "task": dict(exam.identity), "precision": [precision, model.dtype, model.attention],
+                }  # fmt: skip
+                sittings.append(_Sitting(row, seed, model, task, exam, statement, beside is not None))
+    return sittings
+
+
+def _beside(task: Task, model: LoadingConfig, teacher: LoadingConfig | None) -> LoadingConfig | None:
+    return teacher if task.uses_teacher and teacher != model else None
+
+
+def _free_name(rows: Mapping[str, object]) -> str:
+    name = TEACHER
+    while name in rows:
+        name = f"the {name}"
+    return name
+
+
+# ---------------------------------------------------------------- with weights
 
 
 def _measure(
-    config: EvaluationConfig, prepared: _Prepared, student: CausalLM, teacher: CausalLM | None, console: Console
-) -> Measurement:
-    with Progress(console=console) as progress:
-        task = progress.add_task("Measuring", total=sum(example.num_targets for example in prepared.windows))
-        return measure_documents(
-            student, _batches(prepared, config.batch_size), teacher, tokenizer=prepared.tokenizer,
-            on_batch=lambda batch: progress.advance(task, batch.num_targets),
-        )  # fmt: skip
+    config: EvaluationConfig, sittings: Sequence[_Sitting], device: str, precision: Precision, console: Console, quiet: bool
+) -> _Rows:
+    store, rows = Store(config.store) if config.store is not None else None, _Rows()
+    missing: dict[tuple[str, int], list[_Sitting]] = {}
+    for sitting in sittings:
+        found = store.read(sitting.task.name, sitting.statement) if store is not None else None
+        if found is None:
+            missing.setdefault((sitting.row, sitting.seed), []).append(sitting)
+        else:
+            rows.outcomes.setdefault((sitting.row, sitting.task.name), {})[sitting.seed] = found
+            rows.parameters.setdefault(sitting.row, int(found.data.get("parameters", 0)))
+    loaded: dict[str, Subject] = {}
+
+    def load(model: LoadingConfig, name: str) -> Subject:
+        tokenizer = load_tokenizer(model)
+        causal = CausalLM(load_model(model, precision=precision, device=device), vocabulary_size(tokenizer))
+        return Subject(name, model, causal, tokenizer, config.batch_size)
+
+    with Progress(console=console, disable=quiet) as progress:
+        for (row, seed), due in missing.items():
+            subject = load(due[0].model, row)
+            teacher = None
+            if any(sitting.with_teacher for sitting in due):
+                assert config.teacher is not None
+                teacher = loaded.setdefault(TEACHER, loaded.get(TEACHER) or load(config.teacher, TEACHER))
+            rows.parameters[row] = subject.model.inner.num_parameters()
+            for sitting in due:
+                bar = progress.add_task(f"{row}{f' {seed}' if len(config.models.get(row, ())) > 1 else ''}: {sitting.task.name}",
+                                        total=sitting.exam.size)  # fmt: skip
+                outcome = sitting.exam.measure(subject, teacher if sitting.with_teacher else None, _advancing(progress, bar))
+                outcome = _stating(outcome, rows.parameters[row])
+                if store is not None:
+                    store.write(sitting.task.name, sitting.statement, outcome)
+                rows.outcomes.setdefault((row, sitting.task.name), {})[seed] = outcome
+    return rows
 
 
-def _record(config: EvaluationConfig, prepared: _Prepared, measurement: Measurement, student: CausalLM, computed: str) -> EvaluationRecord:
-    counts = prepared.data.counts
-    title = config.model.path if config.teacher is None else f"{config.model.path} against {config.teacher.path}"
-    warnings = list(prepared.notes)
-    for name, number in (("empty", counts.empty), ("unfinished", counts.unfinished), ("malformed", counts.rejected)):
-        if number:
-            warnings.append(f"{number} of {counts.rows} rows were {name} and are not in the numbers")
-    if len(measurement.documents) < 2:
-        warnings.append("all targets are in one document: how sure the numbers are is not known")
-    origin = prepared.data.train.origin
-    documents = [{"origin": origin(int(one["document"])), **one} for one in measurement.by_document()] if config.documents else []
+def _advancing(progress: Progress, bar: TaskID):
+    return lambda count: progress.advance(bar, count)
+
+
+def _stating(outcome: Outcome, parameters: int) -> Outcome:
+    return Outcome(outcome.scores, outcome.samples, outcome.series, outcome.warnings, {**outcome.data, "parameters": parameters})
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _record(config: EvaluationConfig, tasks: Sequence[Task], rows: _Rows, computed: str) -> EvaluationRecord:
+    names = list(dict.fromkeys(row for row, _ in rows.outcomes))
+    models = [
+        ModelRecord(
+            name,
+            {task.name: [found[seed] for seed in sorted(found)] for task in tasks if (found := rows.outcomes.get((name, task.name)))},
+            rows.parameters.get(name), is_teacher=name not in config.models or config.teacher in config.models[name],
+        )
+        for name in [*config.models, *(name for name in names if name not in config.models)]
+    ]  # fmt: skip
+    records = []
+    for task in tasks:
+        outcome = next(model.outcomes[task.name][0] for model in models if task.name in model.outcomes)
+        facts = {key: value for key, value in outcome.data.items() if key != "parameters"}
+        records.append(TaskRecord(task.name, task.kind, outcome.scores.primary, task.role, facts))
+    students = [model for model in models if not model.is_teacher]
     return EvaluationRecord(
-        title=f"Evaluation of {title}",
-        models=[ModelRecord(_name(config.model), measurement.estimates(), student.inner.num_parameters())],
-        data={
-            "text": ", ".join(source.path for source in config.data.sources), "format": config.data.format, "rows": counts.rows,
-            "documents": len(measurement.documents), "longest_row": counts.longest, "window": prepared.window, "computed": computed,
-        },
-        warnings=warnings, documents=documents,
+        title=_title(config), tasks=records, models=models, comparisons=compare_models(records, _pairs(config, students)),
+        data={"computed": computed}, baseline=_baseline(config, students), before=config.before,
+        shown_samples=config.samples, with_items=config.items,
     )  # fmt: skip
 
 
-def _name(model: LoadingConfig) -> str:
-    return model.path if model.adapter is None else f"{model.path} with {model.adapter}"
+def _baseline(config: EvaluationConfig, students: Sequence[ModelRecord]) -> str | None:
+    return config.baseline or (students[0].name if len(students) > 1 else None)
+
+
+def _pairs(config: EvaluationConfig, students: Sequence[ModelRecord]) -> list[tuple[ModelRecord, ModelRecord]]:
+    """Each student against the baseline, and against the student as it was before."""
+    by_name = {model.name: model for model in students}
+    against = dict.fromkeys(name for name in (_baseline(config, students), config.before) if name is not None and name in by_name)
+    seen: set[frozenset[str]] = set()
+    pairs = []
+    for other in against:
+        for model in students:
+            pair = frozenset((model.name, other))
+            if model.name != other and pair not in seen:
+                seen.add(pair)
+                pairs.append((model, by_name[other]))
+    return pairs
+
+
+def _title(config: EvaluationConfig) -> str:
+    names = [
+        seeds[0].path if len(config.models) == 1 and len(seeds) == 1 and seeds[0].adapter is None else name
+        for name, seeds in config.models.items()
+    ]  # fmt: skip
+    against = f" against {config.teacher.path}" if config.teacher is not None else ""
+    return f"Evaluation of {', '.join(names)}{against}"

@@ -7,10 +7,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from potstill.errors import DataError
+from potstill.evaluation.scores import Scores, mean
 from potstill.evaluation.statistics import Estimate, proportion_of
 from potstill.models.causal_lm import CausalLM
 from potstill.rollouts.local import LocalGenerator
 from potstill.rollouts.writing import Prompt, Sampling
+
+EXACT_MATCH = "exact_match"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class ExactMatch:
     def correct(self) -> np.ndarray:
         """1.0 where the answer is right, by question [I]; what paired comparisons take."""
         return np.array([answer.correct for answer in self.answers], dtype=np.float64)
+
+    def scores(self) -> Scores:
+        """The table of right answers, a question an item, in the order of their numbers."""
+        ordered = sorted(self.answers, key=lambda answer: answer.index)
+        totals = np.array([[answer.correct, 1] for answer in ordered], dtype=np.float64)
+        metrics = {EXACT_MATCH: mean("exact-match accuracy", "right")}
+        return Scores(tuple(str(answer.index) for answer in ordered), ("right", "questions"), totals, metrics, EXACT_MATCH)
 
 
 def exact_match(

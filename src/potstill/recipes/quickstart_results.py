@@ -20,11 +20,10 @@ from potstill.data.config import DataConfig
 from potstill.data.lines import parse_json_line
 from potstill.data.prepare import prepare
 from potstill.evaluation.agreement import measure_documents
-from potstill.evaluation.comparison import compare_correct
-from potstill.evaluation.exact_match import Question, exact_match
-from potstill.evaluation.metrics import Measurement, compare_metric, estimates_across_seeds
-from potstill.evaluation.record import EXACT_MATCH, EvaluationRecord, ModelRecord, PairRecord
-from potstill.evaluation.statistics import proportion_across_seeds
+from potstill.evaluation.exact_match import EXACT_MATCH, Question, exact_match
+from potstill.evaluation.record import EvaluationRecord, ModelRecord, TaskRecord, compare_models
+from potstill.evaluation.scores import Scores
+from potstill.evaluation.task import Outcome
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import ModelConfig
 from potstill.models.loading import load_model, load_tokenizer
@@ -33,6 +32,7 @@ from potstill.reporting.terminal import curves_picture, print_evaluation
 
 METRICS = ("bits_per_byte", "top1_agreement", "forward_kl", "acceptance_rate")
 SFT, KD = "student, SFT", "student, KD"
+TASK = "test-tasks"
 _MOST_ANSWER_TOKENS = 64
 
 
@@ -44,13 +44,6 @@ class Contestants:
     without: Mapping[int, Path]
     taught: Mapping[int, Path]
     is_scrambled: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    correct: np.ndarray
-    distances: Measurement
-    num_parameters: int
 
 
 class Exam:
@@ -67,12 +60,17 @@ class Exam:
         row = {name: str(value) for name, value in self.rows[example.index].items()}
         return Question(example.tokens[: example.is_target.index(True)], lambda text: tasks.check(row, text), example.index)
 
-    def take(self, model: CausalLM, teacher: CausalLM | None) -> Measured:
+    def take(self, model: CausalLM, teacher: CausalLM | None) -> Outcome:
         answers = exact_match(model, self.tokenizer, self.questions, max_new_tokens=_MOST_ANSWER_TOKENS, batch_size=150)
         batches = (collate([[example] for example in self.examples[start : start + 50]], pad_token=0)
                    for start in range(0, len(self.examples), 50))  # fmt: skip
         distances = measure_documents(model, batches, teacher, tokenizer=self.tokenizer)
-        return Measured(answers.correct, distances, model.inner.num_parameters())
+        right = answers.scores()
+        if right.items != distances.items:
+            raise AssertionError("questions and texts are the same rows")
+        metrics = {**right.metrics, **{name: distances.metrics[name] for name in METRICS if name in distances.metrics}}
+        totals = np.concatenate([right.totals, distances.totals], axis=1)
+        return Outcome(Scores(right.items, (*right.columns, *distances.columns), totals, metrics, EXACT_MATCH))
 
 
 def measure(contestants: Contestants, folder: Path, *, max_tokens: int, console: Console, quiet: bool) -> dict[str, Any]:
@@ -85,34 +83,25 @@ def measure(contestants: Contestants, folder: Path, *, max_tokens: int, console:
         bar = progress.add_task("Answering the test tasks", total=len(students) + 1)
         of_teacher = exam.take(teacher, None)
         progress.advance(bar)
-        measured = []
+        measured, parameters = [], 0
         for run in students:
-            measured.append(exam.take(load_for_exam(run / "student", tokenizer), teacher))
+            student = load_for_exam(run / "student", tokenizer)
+            parameters = student.inner.num_parameters()
+            measured.append(exam.take(student, teacher))
             progress.advance(bar)
-    without, taught = measured[: len(contestants.without)], measured[len(contestants.without) :]
-    right = compare_correct(np.stack([one.correct for one in taught]), np.stack([one.correct for one in without]))
-    comparisons = [PairRecord(EXACT_MATCH, KD, SFT, right)]
-    for name in METRICS:
-        found = compare_metric(name, [one.distances for one in taught], [one.distances for one in without])
-        comparisons.append(PairRecord(name, KD, SFT, found))
+    task = TaskRecord(TASK, "quickstart", EXACT_MATCH, data={"rows": len(exam.rows), "seeds": len(contestants.without)})
+    sft = ModelRecord(SFT, {TASK: measured[: len(contestants.without)]}, parameters)
+    kd = ModelRecord(KD, {TASK: measured[len(contestants.without) :]}, parameters)
     return EvaluationRecord(
         title="A scrambled teacher and its students" if contestants.is_scrambled else "A teacher and its students",
-        models=[model_row("teacher", [of_teacher]), model_row(SFT, without), model_row(KD, taught)],
-        comparisons=comparisons,
-        data={"text": "test tasks", "rows": len(exam.rows), "seeds": len(contestants.without)},
+        tasks=[task], models=[ModelRecord("teacher", {TASK: [of_teacher]}, teacher.inner.num_parameters(), is_teacher=True), sft, kd],
+        comparisons=compare_models([task], [(kd, sft)]), baseline=SFT,
         warnings=["the teacher's weights are scrambled: it knows nothing"] if contestants.is_scrambled else [],
     ).to_json()
 
 
 def load_for_exam(folder: Path, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
     return CausalLM(load_model(ModelConfig(path=str(folder)), precision="float32"), len(tokenizer))
-
-
-def model_row(name: str, runs: list[Measured]) -> ModelRecord:
-    correct = np.stack([run.correct for run in runs])
-    distances = estimates_across_seeds([run.distances for run in runs])
-    estimates = {EXACT_MATCH: proportion_across_seeds(correct)} | {metric: distances[metric] for metric in METRICS if metric in distances}
-    return ModelRecord(name, estimates, runs[0].num_parameters, len(runs))
 
 
 def show(record: Mapping[str, Any], contestants: Contestants, console: Console) -> None:

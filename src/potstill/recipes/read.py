@@ -33,14 +33,7 @@ def find_text(name: str) -> tuple[str, str]:
     """
     path = FilePath(name).expanduser()
     if path.is_file():
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{name}: larger than 1 MiB; this is not a recipe")
-        try:
-            return path.read_bytes().decode("utf-8-sig"), name
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{name}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from None
-        except OSError as error:
-            raise ConfigError(f"{name}: cannot be read ({error.strerror}); check the file's permissions") from None
+        return read_text(path, name), name
     recipes = library()
     if name in recipes:
         return recipes[name], f"{name}.yaml"
@@ -48,6 +41,18 @@ def find_text(name: str) -> tuple[str, str]:
     hint = f"; near it: {', '.join(near)}" if near else ""
     kind = "a folder, not a recipe file" if path.is_dir() else "no such file, and no recipe of the library has this name"
     raise ConfigError(f"{name}: {kind}{hint}; `potstill recipes` lists the library")
+
+
+def read_text(path: FilePath, name: str) -> str:
+    """The text of a YAML file that messages call `name`. Raises ConfigError where it is too large, not UTF-8 or cannot be read."""
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{name}: larger than 1 MiB; this is not a recipe")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); check the file's permissions") from None
 
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

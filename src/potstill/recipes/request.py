@@ -1,18 +1,19 @@
 """What is asked without a recipe: a model to measure, a run to export. Checked as strictly as a recipe, and as free of torch."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import RunFolderError, UsageError
 from potstill.evaluation.config import EvaluationConfig, refuse_output
+from potstill.evaluation.task_config import TextTaskConfig
 from potstill.models.config import LoadingConfig
 from potstill.recipes.mistakes import build
 from potstill.recipes.precheck import check_data, check_model
-from potstill.recipes.read import apply_override, recipe_from_values
+from potstill.recipes.read import apply_override, read_text, recipe_from_values
 from potstill.recipes.schema import Recipe
-from potstill.recipes.text import Document
+from potstill.recipes.text import Document, parse
 from potstill.run_folder import RECIPE, RunFolder
 
 _OF_THE_BASE = {"path", "revision", "quantization", "attention", "trust_remote_code", "eos_token", "chat_template"}
@@ -37,26 +38,110 @@ def model_values(name: str) -> dict[str, Any]:
 
 
 def evaluation_request(
-    model: str, data: str, format: str, teacher: str | None, output: str | None, settings: Sequence[str]
-) -> tuple[EvaluationConfig, str | None]:
-    """The request of `potstill evaluate`, and where its record goes. Raises ConfigError, ModelError or DataError for what cannot be."""
-    values: dict[str, Any] = {"model": model_values(model), "data": {"train": data, "format": format}}
+    models: Sequence[str], data: Sequence[str] = (), format: str | None = None, teacher: str | None = None, output: str | None = None,
+    settings: Sequence[str] = (), *, plan: str | None = None, tasks: Sequence[str] = (), baseline: str | None = None,
+) -> tuple[EvaluationConfig, str | None]:  # fmt: skip
+    """The request of `potstill evaluate`, and where its record goes. Raises ConfigError, ModelError or DataError for what cannot be.
+
+    `models` are folders, names on the hub, run folders, or NAME=A,B for the seeds of one row; `data` texts, `tasks` names of the harness
+    (NAME or NAME=FILE, the user's own data), `plan` a YAML file with the rest, over which these stand.
+    """
+    document = _plan_document(plan)
+    values = document.values
+    named = _rows(models)
+    if named:
+        values["models"] = {name: [model_values(one) for one in paths] for name, paths in named.items()}
     if teacher is not None:
         values["teacher"] = model_values(teacher)
-    document = Document(values, {(): "command line"})
+    if baseline is not None:
+        values["baseline"] = baseline
+    asked: list[Any] = [{"kind": "text", "data": {"train": one, "format": format or "instruct"}} for one in data]
+    asked += [_harness_values(one) for one in tasks]
+    if asked:
+        values["tasks"] = [*(values.get("tasks") or []), *asked]
     for setting in settings:
-        apply_override(document, setting)
-    config = build(EvaluationConfig, document, "command line")
+        apply_override(document, _of_the_only_one(setting, values))
+    if not values.get("tasks"):
+        raise UsageError("nothing to measure: name a text (--data rows.jsonl), a task (--task hellaswag) or a plan (--plan plan.yaml)")
+    if not values.get("models"):
+        raise UsageError("no model to measure: name a folder, a name on the hub or a run folder")
+    config = build(EvaluationConfig, document, plan or "command line")
     refuse_output(output)
-    check_model("model", config.model)
+    for name, seeds in config.models.items():
+        for place, model in enumerate(seeds):
+            check_model(f"models.{name}[{place}]" if len(named) != 1 or len(seeds) > 1 else "model", model)
     if config.teacher is not None:
         check_model("teacher", config.teacher)
-    check_data(config.data)
-    if output is None and (Path(model).expanduser() / RECIPE).is_file():
-        # One text may be measured alone and against several teachers; no record takes another's place.
-        names = [re.sub(r"(\.(jsonl|json|parquet|csv|txt))?(\.gz)?$", "", Path(data).name), *([Path(teacher).name] if teacher else [])]
-        output = str(Path(model).expanduser() / "evaluation" / f"{'-against-'.join(names)}.json")
-    return config, output
+    for task in config.tasks:
+        if isinstance(task, TextTaskConfig):
+            check_data(task.data)
+    return config, output if output is not None else _own_place(models, config, teacher)
+
+
+def _plan_document(plan: str | None) -> Document:
+    if plan is None:
+        return Document({}, {(): "command line"})
+    path = Path(plan).expanduser()
+    if not path.is_file():
+        raise UsageError(f"{plan}: no such file; a plan is a YAML file with the keys of an evaluation (docs/evaluation.md)")
+    document = parse(read_text(path, plan), plan)
+    if not isinstance(document.values, dict):
+        raise UsageError(f"{plan}: a plan is a mapping with keys such as tasks, models and teacher")
+    for name, seeds in (document.values.get("models") or {}).items():
+        said = seeds if isinstance(seeds, list) else [seeds]
+        document.values["models"][name] = [model_values(one) if isinstance(one, str) else one for one in said]
+    if isinstance(document.values.get("teacher"), str):
+        document.values["teacher"] = model_values(document.values["teacher"])
+    return document
+
+
+def _rows(models: Sequence[str]) -> dict[str, list[str]]:
+    """Rows of the table by name: NAME=A,B as it says, else by the last part of the path that tells them apart."""
+    rows: dict[str, list[str]] = {}
+    plain = [model for model in models if not _ROW.fullmatch(model) or Path(model).exists()]
+    short = {model: Path(model).name or model for model in plain}
+    for model in models:
+        if model in short:
+            alike = [other for other in plain if short[other] == short[model]]
+            name, paths = (short[model] if len(alike) == 1 else model), [model]
+        else:
+            found = _ROW.fullmatch(model)
+            assert found is not None
+            name, paths = found[1], found[2].split(",")
+        if name in rows:
+            raise UsageError(f"{name}: named twice; give one of them a name of its own, as in other={paths[0]}")
+        rows[name] = paths
+    return rows
+
+
+_ROW = re.compile(r"([A-Za-z0-9][A-Za-z0-9 ._-]*)=(.+)")
+
+
+def _harness_values(said: str) -> dict[str, Any]:
+    name, _, file = said.partition("=")
+    return {"kind": "harness", "task": name} | ({"data": file} if file else {})
+
+
+def _of_the_only_one(setting: str, values: Mapping[str, Any]) -> str:
+    """`model.` and `data.` mean the only model and the only task where there is one of them."""
+    if setting.startswith("model.") and len(values.get("models") or {}) == 1:
+        (name,) = values["models"]
+        return f"models.{name}.0.{setting.removeprefix('model.')}"
+    if setting.startswith("data.") and len(values.get("tasks") or []) == 1:
+        return f"tasks.0.{setting}"
+    return setting
+
+
+def _own_place(models: Sequence[str], config: EvaluationConfig, teacher: str | None) -> str | None:
+    """A run folder that is measured first keeps the record; one text may be measured alone and against several teachers, and no record
+    takes another's place."""
+    if not models or not (Path(models[0]).expanduser() / RECIPE).is_file():
+        return None
+    names = [task.label for task in config.tasks]
+    parts = ["-and-".join(names[:3]) + ("-and-more" if len(names) > 3 else "")]
+    parts += [f"beside-{Path(model).name}" for model in models[1:3]]
+    parts += [f"against-{Path(teacher).name}"] if teacher else []
+    return str(Path(models[0]).expanduser() / "evaluation" / f"{'-'.join(parts)}.json")
 
 
 def export_request(run: str, dtype: str | None) -> LoadingConfig:

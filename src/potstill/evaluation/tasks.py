@@ -1,0 +1,29 @@
+"""Every kind of task that a request may name, and the class that measures it. Imports a kind's libraries when it is asked for."""
+
+from collections.abc import Callable, Sequence
+
+from potstill.errors import ConfigError
+from potstill.evaluation.config import AnyTask
+from potstill.evaluation.task import Task
+
+
+def make_tasks(configs: Sequence[AnyTask]) -> list[Task]:
+    """Raises ConfigError where two tasks would share a name."""
+    tasks = [_MAKERS[config.kind](config) for config in configs]
+    seen: dict[str, int] = {}
+    for place, task in enumerate(tasks):
+        if task.name in seen:
+            raise ConfigError(f"tasks[{place}].name: {task.name!r} is tasks[{seen[task.name]}] already; give one of them another name")
+        seen[task.name] = place
+    return tasks
+
+
+def _text(config) -> Task:
+    from potstill.evaluation.text_task import TextTask
+
+    return TextTask(config)
+
+
+_MAKERS: dict[str, Callable[..., Task]] = {
+    "text": _text,
+}
