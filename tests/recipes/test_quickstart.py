@@ -42,7 +42,7 @@ def _record(folder: Path, name: str = "quickstart") -> dict:
 
 
 def _pair(record: dict, metric: str) -> dict:
-    return next(pair for pair in record["comparisons"] if pair["metric"] == metric)
+    return next(pair for pair in record["comparisons"] if pair["metric"] == f"test-tasks/{metric}")
 
 
 def test_it_ends_with_one_table_the_differences_in_words_and_one_picture(finished):
@@ -53,8 +53,8 @@ def test_it_ends_with_one_table_the_differences_in_words_and_one_picture(finishe
     record = _record(folder)
     teacher, sft, kd = record["models"]
     assert sft["num_parameters"] == kd["num_parameters"] < teacher["num_parameters"]
-    assert set(sft["metrics"]) == {"exact_match", "bits_per_byte", "top1_agreement", "forward_kl", "acceptance_rate"}
-    assert set(teacher["metrics"]) == {"exact_match", "bits_per_byte"}
+    assert set(sft["metrics"]) == {f"test-tasks/{name}" for name in ("exact_match", "bits_per_byte", "top1_agreement", "forward_kl", "acceptance_rate")}
+    assert set(teacher["metrics"]) == {"test-tasks/exact_match", "test-tasks/bits_per_byte"}
     assert all(metric["standard_error"] is not None for model in record["models"] for metric in model["metrics"].values())
     assert {pair["metric"] for pair in record["comparisons"]} == set(sft["metrics"])
     assert "eval_loss/ce" in (folder / "report.html").read_text() or "cross-entropy" in (folder / "report.html").read_text()
