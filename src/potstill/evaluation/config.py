@@ -1,16 +1,30 @@
 """What `potstill evaluate` and a study are asked to measure. Free of torch and transformers, so that a wrong request is refused at once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from potstill.config import Config
 from potstill.errors import UsageError
+from potstill.evaluation.harness_config import HarnessTaskConfig
 from potstill.evaluation.task_config import TextTaskConfig
 from potstill.models.config import LoadingConfig
 
-AnyTask = TextTaskConfig
+
+def _kind(task: Any) -> str | None:
+    """The kind that a task names; None where it is no task at all."""
+    if isinstance(task, dict):
+        kind = task.get("kind", "text")
+        return kind if isinstance(kind, str) else repr(kind)
+    return getattr(task, "kind", None)
+
+
+AnyTask = Annotated[
+    Annotated[TextTaskConfig, Tag("text")]
+    | Annotated[HarnessTaskConfig, Tag("harness")],
+    Discriminator(_kind),
+]  # fmt: skip
 
 
 class MeasuringConfig(Config):
