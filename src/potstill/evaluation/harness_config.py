@@ -16,8 +16,8 @@ class HarnessTaskConfig(TaskConfig):
     task: Annotated[str, Field(min_length=1)]
     """One of the harness's tasks or groups by name, such as hellaswag or mmlu, or a local task file (.yaml)."""
     data: str | dict[str, str] | None = None
-    """Your own rows in the columns of the hub's data set: a .jsonl, .jsonl.gz, .json, .parquet or .csv file for the split that is asked, or a
-    file for each split, as in `{train: examples.jsonl, test: rows.jsonl}`. By default the data set is fetched from the hub."""
+    """Your own rows in the columns of the hub's data set: a .jsonl, .jsonl.gz, .json, .parquet or .csv file for the split that is asked,
+    or a file for each split, as in `{train: examples.jsonl, test: rows.jsonl}`. By default the data set is fetched from the hub."""
     few_shot: Annotated[int, Field(ge=0)] | None = None
     """Solved examples before each question; by default as many as the task itself says."""
     limit: Annotated[int, Field(ge=1)] | None = None
