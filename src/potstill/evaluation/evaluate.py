@@ -139,29 +139,30 @@ def _measure(
         else:
             rows.outcomes.setdefault((sitting.row, sitting.task.name), {})[sitting.seed] = found
             rows.parameters.setdefault(sitting.row, int(found.data.get("parameters", 0)))
-    loaded: dict[str, Subject] = {}
 
     def load(model: LoadingConfig, name: str) -> Subject:
         tokenizer = load_tokenizer(model)
         causal = CausalLM(load_model(model, precision=precision, device=device), vocabulary_size(tokenizer))
         return Subject(name, model, causal, tokenizer, config.batch_size)
 
+    teacher: Subject | None = None
     with Progress(console=console, disable=quiet) as progress:
+        whole = progress.add_task("Measuring", total=sum(map(len, missing.values())))
         for (row, seed), due in missing.items():
-            subject = load(due[0].model, row)
-            teacher = None
-            if any(sitting.with_teacher for sitting in due):
-                assert config.teacher is not None
-                teacher = loaded.setdefault(TEACHER, loaded.get(TEACHER) or load(config.teacher, TEACHER))
+            if config.teacher is not None and teacher is None and (due[0].model == config.teacher or any(one.with_teacher for one in due)):
+                teacher = load(config.teacher, TEACHER)
+            subject = teacher if teacher is not None and due[0].model == config.teacher else load(due[0].model, row)
             rows.parameters[row] = subject.model.inner.num_parameters()
             for sitting in due:
-                bar = progress.add_task(f"{row}{f' {seed}' if len(config.models.get(row, ())) > 1 else ''}: {sitting.task.name}",
-                                        total=sitting.exam.size)  # fmt: skip
+                seeds = len(config.models.get(row, ()))
+                bar = progress.add_task(f"{row}{f' {seed}' if seeds > 1 else ''}: {sitting.task.name}", total=sitting.exam.size)
                 outcome = sitting.exam.measure(subject, teacher if sitting.with_teacher else None, _advancing(progress, bar))
                 outcome = _stating(outcome, rows.parameters[row])
                 if store is not None:
                     store.write(sitting.task.name, sitting.statement, outcome)
                 rows.outcomes.setdefault((row, sitting.task.name), {})[seed] = outcome
+                progress.remove_task(bar)
+                progress.advance(whole)
     return rows
 
 

@@ -22,8 +22,10 @@ def print_evaluation(record: Mapping[str, Any], console: Console | None = None) 
     """Prints an evaluation's table, its verdicts and its warnings; `record` is the JSON of evaluation/*.json."""
     console = console or Console()
     console.print(results_table(record))
+    several = len(record.get("tasks", ())) > 1
     for pair in record["comparisons"]:
-        console.print(Text(f"• {pair['verdict']}", style="" if pair["is_significant"] else "dim"))
+        task = f"{pair['task']}, " if several else ""
+        console.print(Text(f"• {task}{pair['verdict']}", style="" if pair["is_significant"] else "dim"))
     for warning in record["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
@@ -42,7 +44,13 @@ def results_table(record: Mapping[str, Any]) -> Table:
         table.add_column("95 % interval", justify="right")
     if any(model["num_parameters"] is not None for model in models):
         table.add_row("parameters", *(count(model["num_parameters"]) for model in models))
+    several = len({metric.get("task") for metric in rows.values()}) > 1
+    task = None
     for name, metric in rows.items():
+        if several and metric.get("task") != task:
+            task = metric.get("task")
+            table.add_section()
+            table.add_row(Text(str(task), style="bold"))
         label = f"{with_unit(metric['label'], metric['unit'])} {direction(metric['higher_is_better'])}".rstrip()
         cells = [plus_minus(model["metrics"][name]) if name in model["metrics"] else "" for model in models]
         if alone:
@@ -57,12 +65,13 @@ def _caption(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def metric_rows(models: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Every metric of any model, in the order of first appearance, with one model's description of it."""
+    """Every metric of any model, task by task in the order of first appearance, with one model's description of it."""
     rows: dict[str, Mapping[str, Any]] = {}
     for model in models:
         for name, metric in model["metrics"].items():
             rows.setdefault(name, metric)
-    return rows
+    tasks = list(dict.fromkeys(metric.get("task") for metric in rows.values()))
+    return dict(sorted(rows.items(), key=lambda row: tasks.index(row[1].get("task"))))
 
 
 def curves_picture(curves: Mapping[str, Curve], *, title: str, width: int = 62, height: int = 12) -> RenderableType:
