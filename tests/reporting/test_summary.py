@@ -114,13 +114,15 @@ def test_where_there_is_no_run_nothing_is_reported(tmp_path):
         summarise_all([tmp_path])
 
 
-def test_other_json_is_passed_over_and_broken_json_is_named(tmp_path):
+def test_foreign_and_broken_evaluations_are_named_and_the_rest_is_read(tmp_path):
     run = make_run(tmp_path / "run")
+    write_evaluation(run, "good", record())
     write_evaluation(run, "other", {"results": {}})
-    assert summarise(run).evaluations == {}
     (run / "evaluation" / "cut.json").write_text('{"kind": "eval', encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"cut\.json: not JSON"):
-        summarise(run)
+    found = summarise(run)
+    assert list(found.evaluations) == ["good"]
+    assert any("cut.json" in line and "half-written" in line for line in found.warnings)
+    assert any("other.json" in line and "not one of" in line for line in found.warnings)
 
 
 def test_reporting_needs_no_torch():

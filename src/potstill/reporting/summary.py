@@ -1,16 +1,16 @@
 """Reads run folders and nothing else: curves, recipe, evaluations, sessions, and what should worry a reader. Imports no torch."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from potstill import storage
 from potstill.errors import RunFolderError
 from potstill.recipe_changes import flatten
-from potstill.run_folder import METRICS, RECIPE, RunFolder
+from potstill.reporting.records import read_evaluations, read_record
+from potstill.reporting.torn import json_lines, json_object, yaml_object
+from potstill.run_folder import ENVIRONMENT, METRICS, RECIPE, SUMMARY, RunFolder
 
 EVALUATION_PREFIX = "eval_"
 # What training logs, in the order in which a reader looks for it, and in words. Any other quantity follows under its own name.
@@ -51,7 +51,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What one run folder says. `curves` by logged name; `recipe` flattened to `a.b` keys; `finished` is the run's own summary."""
+    """What one run folder says. `curves` by logged name; `recipe` flattened to `a.b` keys; `finished` is the run's own summary.
+
+    `evaluations` have the shape that `records.normalise` gives. `is_run` is false for a folder that only holds evaluations or runs.
+    """
 
     name: str
     path: Path
@@ -62,39 +65,68 @@ class RunSummary:
     sessions: Sequence[Mapping[str, Any]] = ()
     finished: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    is_run: bool = True
 
 
 def summarise_all(paths: Sequence[Path | str]) -> list[RunSummary]:
-    """One summary a run. A folder that is no run but holds runs stands for them, and its own evaluations come first.
+    """One summary a run. A folder that is no run but holds runs stands for them, and its own evaluations come first; an evaluation's
+    file stands for itself. A path among several that holds nothing becomes a warning.
 
-    Raises RunFolderError for a path where there is nothing to report on.
+    Raises RunFolderError where there is nothing at all to report on.
     """
     summaries: list[RunSummary] = []
+    missing = []
     for path in map(Path, paths):
-        if (path / RECIPE).is_file():
-            summaries.append(summarise(path))
-            continue
-        runs = sorted(entry.parent for pattern in (f"*/{RECIPE}", f"*/*/{RECIPE}") for entry in path.glob(pattern))
-        if not runs:
-            raise RunFolderError(f"{path}: neither a run folder ({RECIPE} is missing) nor a folder that holds runs")
-        own = _read_evaluations(path)
-        if own:
-            summaries.append(RunSummary(path.name, path, "finished", {}, {}, own, warnings=_evaluation_warnings(own)))
-        summaries += [summarise(run, name=str(run.relative_to(path))) for run in runs]
+        found = _summaries(path)
+        summaries += found
+        missing += [] if found else [f"{path}: neither a run folder ({RECIPE} is missing) nor a folder that holds runs or evaluations"]
+    if not summaries:
+        raise RunFolderError(missing[0])
+    if missing:
+        summaries[0] = replace(summaries[0], warnings=[*missing, *summaries[0].warnings])
     return summaries
 
 
-def summarise(path: Path | str, *, name: str | None = None) -> RunSummary:
-    """Reads one run folder, which may be under way. Raises RunFolderError where there is none."""
-    folder = RunFolder.read(path)
-    lines, torn = storage.read_lines(folder.path / METRICS)
-    curves = read_curves(lines)
-    evaluations = _read_evaluations(folder.path)
-    sessions = folder.read_sessions()
+def _summaries(path: Path) -> list[RunSummary]:
+    if (path / RECIPE).is_file():
+        return [summarise(path)]
+    if path.is_file():
+        record, warnings = read_record(path)
+        records = {} if record is None else {path.stem: record}
+        return [_no_run(path.stem, path, records, warnings)] if records else []
+    runs = sorted(entry.parent for depth in range(1, 5) for entry in path.glob("*/" * depth + RECIPE) if _is_shown(entry, path))
+    evaluations, warnings = read_evaluations(path)
+    own = [_no_run(path.absolute().name, path, evaluations, warnings)] if evaluations or warnings else []
+    return own + [summarise(run, name=run.relative_to(path).as_posix()) for run in runs]
+
+
+def _is_shown(recipe: Path, folder: Path) -> bool:
+    """Not what a run keeps inside itself, such as its checkpoints, and nothing hidden."""
+    return not any(part.startswith(".") or part in ("checkpoints", "student", "adapter") for part in recipe.relative_to(folder).parts)
+
+
+def _no_run(name: str, path: Path, evaluations: Mapping[str, Mapping[str, Any]], warnings: Sequence[str]) -> RunSummary:
     return RunSummary(
-        name or folder.path.name, folder.path, folder.status, flatten(folder.read_recipe()), curves, evaluations, sessions,
-        folder.read_summary(),
-        [*_run_warnings(folder.status, curves, sessions, bool(torn)), *_refused_steps(lines), *_evaluation_warnings(evaluations)],
+        name, path, "", {}, {}, evaluations, warnings=[*warnings, *_evaluation_warnings(evaluations)], is_run=False
+    )  # fmt: skip
+
+
+def summarise(path: Path | str, *, name: str | None = None) -> RunSummary:
+    """Reads one run folder, which may be under way or damaged: what does not read is a warning. Raises RunFolderError where there is
+    none."""
+    folder = RunFolder.read(path)
+    lines, torn = json_lines(folder.path / METRICS)
+    recipe, bad_recipe = yaml_object(folder.path / RECIPE)
+    environment, bad_environment = json_object(folder.path / ENVIRONMENT)
+    finished, bad_summary = json_object(folder.path / SUMMARY)
+    evaluations, bad_evaluations = read_evaluations(folder.path)
+    sessions = environment.get("sessions", [])
+    sessions = [session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else []
+    curves = read_curves(lines)
+    return RunSummary(
+        name or folder.path.name, folder.path, folder.status, flatten(recipe), curves, evaluations, sessions, finished,
+        [*bad_recipe, *bad_environment, *bad_summary, *_run_warnings(folder.status, curves, sessions), *torn, *_refused_steps(lines),
+         *bad_evaluations, *_evaluation_warnings(evaluations)],
     )  # fmt: skip
 
 
@@ -102,10 +134,13 @@ def read_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Every numeric quantity of metrics.jsonl; of several lines of one step (a run that redid it) the last one counts."""
     points: dict[str, dict[int, float | None]] = {}
     for line in lines:
+        step = line.get("step")
+        if isinstance(step, bool) or not isinstance(step, int | float):
+            continue
         for name, value in line.items():
             if name in _NOT_CURVES or isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
                 continue
-            points.setdefault(name, {})[int(line["step"])] = value
+            points.setdefault(name, {})[int(step)] = value
     curves = {}
     for name, by_step in points.items():
         finite = {step: float(value) for step, value in sorted(by_step.items()) if value is not None and math.isfinite(value)}
@@ -129,34 +164,20 @@ def label_of(quantity: str) -> str:
     return LABELS.get(quantity, quantity.replace("_", " "))
 
 
-def _read_evaluations(path: Path) -> dict[str, Mapping[str, Any]]:
-    found = {}
-    for file in sorted((path / "evaluation").glob("*.json")):
-        try:
-            record = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise RunFolderError(f"{file}: not JSON ({error}); was it edited or damaged? Remove it or evaluate again") from error
-        if isinstance(record, dict) and record.get("kind") == "evaluation":
-            found[file.stem] = record
-    return found
-
-
 def _evaluation_warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{name}: {warning}" for name, record in evaluations.items() for warning in record.get("warnings", ())]
 
 
 def _refused_steps(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    refused = max((int(line["non_finite_steps"]) for line in lines if line.get("non_finite_steps")), default=0)
+    refused = max((int(count) for line in lines if isinstance(count := line.get("non_finite_steps"), int | float)), default=0)
     return [f"{refused} steps were not taken, because their loss or gradient was not finite"] if refused else []
 
 
-def _run_warnings(status: str, curves: Mapping[str, Curve], sessions: Sequence[Mapping[str, Any]], torn: bool) -> list[str]:
+def _run_warnings(status: str, curves: Mapping[str, Curve], sessions: Sequence[Mapping[str, Any]]) -> list[str]:
     warnings = []
     if status != "finished":
         warnings.append("the run is not finished: its numbers are those of an interrupted run or of one that is under way")
     warnings += [f"{name}: not finite in {curve.missing} logged steps" for name, curve in curves.items() if curve.missing]
-    if torn:
-        warnings.append(f"{METRICS} ends in a torn line, which is left out")
     for session in sessions[1:]:
         warnings.append(f"resumed {session.get('started', 'at an unknown time')}")
         warnings += [f"changed at that resume: {change}" for change in session.get("recipe_changes", ())]
