@@ -79,9 +79,10 @@ def test_what_was_measured_is_found_again_wherever_it_lies(place, loads):
     shutil.copytree(place / "kd-0", place / "elsewhere" / "copy")
     shutil.copy(place / "near.jsonl", place / "elsewhere" / "near.jsonl")
     loads.clear()
-    moved = request(place, {"sft": ["sft-0", "sft-1"], "kd": ["elsewhere/copy", "kd-1"]})
-    moved = moved.model_copy(update={"tasks": [moved.tasks[0].model_copy(
-        update={"data": moved.tasks[0].data.model_copy(update={"train": str(place / "elsewhere" / "near.jsonl")})}), moved.tasks[1]]})  # fmt: skip
+    text = {"train": str(place / "elsewhere" / "near.jsonl"), "format": "text"}
+    other = {"kind": "text", "data": {"train": str(place / "far.jsonl"), "format": "text"}, "role": "off_target"}
+    tasks = [{"kind": "text", "data": text}, other]
+    moved = request(place, {"sft": ["sft-0", "sft-1"], "kd": ["elsewhere/copy", "kd-1"]}, tasks=tasks)
     again = evaluate(moved, quiet=True).to_json()
     assert loads == []
     assert again["comparisons"] == first["comparisons"]

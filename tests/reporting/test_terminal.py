@@ -46,6 +46,36 @@ def test_several_models_stand_side_by_side_and_a_missing_metric_is_left_empty():
         assert part in text
 
 
+def of_task(task: str, name: str, value: float, **changes):
+    return {f"{task}/{name}": metric(value, 0.01, task=task, metric=name, label=name, unit="", **changes)}
+
+
+def test_rows_stand_by_task_and_tasks_are_named_where_there_are_several():
+    models = [model("a", **of_task("near", "acc", 0.11) | of_task("far", "acc", 0.22)), model("b", **of_task("near", "ece", 0.33))]
+    lines = [line.strip("│ ") for line in shown(record=record(models) | {"tasks": [{}, {}]}).splitlines()]
+    order = [next(place for place, line in enumerate(lines) if part in line) for part in ("near", "0.110", "0.330", "far", "0.220")]
+    assert order == sorted(order)
+
+
+def test_many_models_stand_below_one_another_with_each_tasks_own_metric():
+    models = [model(f"cell {number}", **of_task("near", "acc", number / 10) | of_task("near", "ece", 0.77)) for number in range(6)]
+    text = shown(record=record(models) | {"tasks": [{"primary": "near/acc"}]})
+    assert all(f"cell {number}" in text and f"0.{number}00 ± 0.010" in text for number in range(1, 6))
+    assert "0.770" not in text
+    assert "other metrics are in the record" in text
+
+
+def test_what_shows_nothing_in_a_secondary_metric_is_counted_and_not_told():
+    told = {"verdict": "said", "is_significant": False, "family": "primary"}
+    untold = {"verdict": "unsaid", "is_significant": False, "family": "secondary"}
+    found = {"verdict": "found", "is_significant": True, "family": "secondary"}
+    text = shown(record=record([model("KD", **of_task("near", "acc", 0.5))], [told, untold, untold, found]), width=200)
+    assert "• said" in text
+    assert "• found" in text
+    assert "unsaid" not in text
+    assert "2 further comparisons of secondary metrics find no difference that this test can see" in text
+
+
 def test_the_picture_has_its_labels_and_its_curves_fall():
     curve = Curve(tuple(range(0, 101, 10)), tuple(4.0 - i * 0.3 for i in range(11)))
     text = shown(curves_picture({"KD [b]": curve}, title="validation [x]", width=30, height=6))

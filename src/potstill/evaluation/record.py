@@ -178,7 +178,7 @@ def compare_models(tasks: Iterable[TaskRecord], pairs: Iterable[tuple[ModelRecor
                 # One model against several seeds of another: it is the same model in each pair.
                 ours, theirs = (ours * len(theirs), theirs) if len(ours) == 1 else (ours, theirs * len(ours))
             for name, metric in ours[0].metrics.items():
-                if name not in theirs[0].metrics:
+                if name not in theirs[0].metrics or not metric.compared:
                     continue
                 family = "primary" if name == task.primary else "secondary"
                 comparison = compare_scores(name, _same_columns(ours, name), _same_columns(theirs, name))

@@ -11,14 +11,20 @@ from typing import Any, Literal
 import numpy as np
 
 from potstill.evaluation.comparison import Comparison, compare, compare_correct
+from potstill.evaluation.row_quantiles import quantile
 from potstill.evaluation.statistics import Estimate, Statistic, across_seeds, estimate, proportion_across_seeds
 
 VERSION = 1
-Kind = Literal["ratio", "perplexity", "bits", "complement", "gap", "quotient", "calibration"]
+Kind = Literal["ratio", "perplexity", "bits", "complement", "gap", "quotient", "calibration", "median", "p99", "drafting"]
 
 
 def _ratio(totals: np.ndarray) -> np.ndarray:
     return totals[..., 0] / totals[..., 1]
+
+
+def _drafting(totals: np.ndarray) -> np.ndarray:
+    accepted, drafts = totals[..., 0] / totals[..., 2], totals[..., 1] / totals[..., 2]
+    return np.where(accepted == 1, drafts + 1, (1 - accepted ** (drafts + 1)) / (1 - accepted))
 
 
 # From the totals of a formula's own columns, in its order, [..., k] to values [...].
@@ -30,13 +36,17 @@ _FORMULAS: dict[Kind, Callable[[np.ndarray], np.ndarray]] = {
     "gap": lambda totals: (totals[..., 0] - totals[..., 1]) / totals[..., 2],
     "quotient": lambda totals: (totals[..., 0] / totals[..., 1]) / (totals[..., 2] / totals[..., 3]),
     "calibration": lambda totals: np.abs(totals[..., 1:]).sum(axis=-1) / totals[..., 0],
+    "median": lambda totals: quantile(totals, 0.5),
+    "p99": lambda totals: quantile(totals, 0.99),
+    "drafting": _drafting,
 }
 
 
 @dataclass(frozen=True)
 class Formula:
     """`kind` of the totals of `columns`: ratio a/b; perplexity exp(a/b); bits a/(b ln 2); complement 1 - a/b; gap (a - b)/c;
-    quotient (a/b)/(c/d); calibration sum(|b_i|)/a over all columns behind the first."""
+    quotient (a/b)/(c/d); calibration sum(|b_i|)/a over all columns behind the first; median and p99 of rows counted
+    in the bins of `row_quantiles`; drafting (1 - r^(g+1))/(1 - r) with r = a/c accepted and g = b/c drafted tokens (Leviathan et al. 2023)."""
 
     kind: Kind
     columns: tuple[str, ...]
@@ -57,7 +67,8 @@ class Formula:
 class Metric:
     """What a metric is called, in which unit, how it is computed, which direction is good (None: neither).
 
-    `counted` is the column that says how many units the value averages, and in which word; by default the formula's second.
+    `counted` is the column that says how many units the value averages, and in which word; by default the formula's second. Students
+    are not `compared` in what is the teacher's alone.
     """
 
     label: str
@@ -65,6 +76,7 @@ class Metric:
     formula: Formula
     higher_is_better: bool | None = False
     counted: str = ""
+    compared: bool = True
 
     def __post_init__(self):
         if not self.counted:

@@ -16,6 +16,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 # Bit of each dot of a braille character, by row and column within it.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BRAILLE = 0x2800
+_MOST_ACROSS = 5
 
 
 def print_evaluation(record: Mapping[str, Any], console: Console | None = None) -> None:
@@ -23,9 +24,16 @@ def print_evaluation(record: Mapping[str, Any], console: Console | None = None) 
     console = console or Console()
     console.print(results_table(record))
     several = len(record.get("tasks", ())) > 1
+    unclear = 0
     for pair in record["comparisons"]:
+        if pair.get("family") == "secondary" and not pair["is_significant"]:
+            unclear += 1
+            continue
         task = f"{pair['task']}, " if several else ""
         console.print(Text(f"• {task}{pair['verdict']}", style="" if pair["is_significant"] else "dim"))
+    if unclear:
+        found = "comparison of a secondary metric finds" if unclear == 1 else "comparisons of secondary metrics find"
+        console.print(Text(f"• {unclear} further {found} no difference that this test can see; the record holds them", style="dim"))
     for warning in record["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
@@ -33,6 +41,8 @@ def print_evaluation(record: Mapping[str, Any], console: Console | None = None) 
 def results_table(record: Mapping[str, Any]) -> Table:
     """Metrics down, models across, each value with its standard error; a model that stands alone also shows its intervals."""
     models = record["models"]
+    if len(models) > _MOST_ACROSS:
+        return _models_down(record)
     alone = len(models) == 1
     rows = metric_rows(models)
     table = Table(title=Text(record["title"]), title_justify="left", caption=Text(_caption(rows)), caption_justify="left")
@@ -56,6 +66,24 @@ def results_table(record: Mapping[str, Any]) -> Table:
         if alone:
             cells.append(interval(metric["low"], metric["high"], metric["standard_error"]))
         table.add_row(Text(label), *map(Text, cells))
+    return table
+
+
+def _models_down(record: Mapping[str, Any]) -> Table:
+    """More models than fit side by side: each a row, each task's own metric a column."""
+    rows = metric_rows(record["models"])
+    chosen = [task["primary"] for task in record.get("tasks", ()) if task["primary"] in rows] or list(rows)[:4]
+    caption = f"{_caption({name: rows[name] for name in chosen})}; other metrics are in the record"
+    table = Table(title=Text(record["title"]), title_justify="left", caption=Text(caption), caption_justify="left")
+    table.add_column("")
+    for name in chosen:
+        metric, task = rows[name], f"{rows[name]['task']}\n" if len(chosen) > 1 else ""
+        label = f"{with_unit(metric['label'], metric['unit'])} {direction(metric['higher_is_better'])}".rstrip()
+        table.add_column(Text(task + label), justify="right")
+    for model in record["models"]:
+        seeds = f", {model['num_seeds']} seeds" if model["num_seeds"] > 1 else ""
+        cells = [plus_minus(model["metrics"][name]) if name in model["metrics"] else "" for name in chosen]
+        table.add_row(Text(model["name"] + seeds), *map(Text, cells))
     return table
 
 
