@@ -237,7 +237,7 @@ REFUSED = {
     "generate.sampling={temperature: 0}": "fit into data.max_tokens",
     "generate.sampling={temperature: 0, max_new_tokens: 6} generate.samples=2": "generate.samples: 2 answers to a prompt are all the same",
     "generate.filters.min_tokens=9": "generate.filters.min_tokens: 9 is more than an answer can have",
-    "generate.filters.checker=exakt": "there is exact, contains, numeric, choice",
+    "generate.filters.checker=exakt": "there is exact, contains, numeric, choice, math",
     "generate.filters.checker=PLACE/no.py:right": "generate.filters.checker",
     "generate.prompt_tokens=4": "generate.prompt_tokens: is for the format text",
     "data.format=text data.columns={text: instruction}": "generate.prompt_tokens: rows of the format text have no prompt",

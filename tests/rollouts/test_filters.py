@@ -47,6 +47,11 @@ RIGHT_AND_WRONG = {
         ("\\boxed{B}", "B", True), ("b)", "B", True), ("Option C is right", "C", True),
         ("A dog", "A", False), ("Paris", "B", False), ("B", "C", False), ("", "A", False),
     ],
+    "math": [
+        ("so it is $\\frac{3}{4}$", "0.75", True), ("\\boxed{(x+1)^2}", "x^2 + 2x + 1", True), ("The answer is $x = 5$.", "5", True),
+        ("12 apples", "12", True), ("$\\{2, 1\\}$", "\\{1,2\\}", True), ("\\text{(C)}", "\\text{(C)}", True), ("1,234", "1234", True),
+        ("0.76", "\\frac{3}{4}", False), ("$(1, 2)$", "(2, 1)", False), ("x^2", "x^3", False), ("", "4", False), ("4", "", False),
+    ],
 }  # fmt: skip
 
 
@@ -74,6 +79,17 @@ def test_the_last_box_counts_with_the_braces_inside_it():
     assert final_part("\\boxed") == "\\boxed"
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("The answer is $x + 1$.", "x + 1"), ("Answer: $5.$", "5"), ("$$x$$", "x"), ("$5", "5"), ("5$", "5"),
+        ("it comes to $x$", "it comes to $x$"), ("$a$ or $b$", "$a$ or $b$"),
+    ],
+)  # fmt: skip
+def test_dollar_signs_go_where_they_stand_around_everything(text, part):
+    assert final_part(text) == part
+
+
 def test_a_function_of_the_users_decides(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def right(answer, reference, row):\n    return answer == row['want'] and reference == 'r'\n"
@@ -90,7 +106,7 @@ def test_a_function_of_the_users_decides(tmp_path):
     for name, said in refused.items():
         with pytest.raises(ConfigError, match=f"{KEY}.*{said}"):
             make_checker(f"{tmp_path}/{name}", KEY)
-    with pytest.raises(ConfigError, match="there is exact, contains, numeric, choice"):
+    with pytest.raises(ConfigError, match="there is exact, contains, numeric, choice, math"):
         make_checker("exakt", KEY)
 
 

@@ -1,4 +1,5 @@
-"""Programs that say whether a written answer is right: it equals the reference, holds it, or comes to its number or letter; or yours does.
+"""Programs that say whether a written answer is right: it equals the reference, holds it, comes to its number, letter or
+formula; or yours does.
 
 They compare text with text. Where the answers come from and what becomes of a wrong one is not their affair.
 """
@@ -22,6 +23,8 @@ _NO_NUMBER = re.compile(r"(?<![\d.,])(?!\d{1,3}(?:,\d{3})+(?![\d,]))\d+(?:,\d+)+
 _BOXED = "\\boxed"
 _MARKS = re.compile(r"####|final answer(?:\s+is)?\s*:?|answer\s+is\s*:?|answer\s*:", re.IGNORECASE)
 _LETTER = re.compile(r"\(\s*([A-Za-z])\s*\)|(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])|^\s*([a-z])\s*[).:]?\s*$")
+# A longer text is no answer to be parsed, which takes worse than linear time; of one without a mark its end is read.
+_MOST_PARSED = 4000
 # Two numbers are the same within this share of the larger: what printing with six digits loses.
 _TOLERANCE = 1e-6
 
@@ -29,14 +32,18 @@ _TOLERANCE = 1e-6
 def final_part(text: str) -> str:
     """What a text comes to: the content of its last \\boxed{...}, else the line after its last "####", "Answer:" or "answer is", else all.
 
-    A full stop at the end and the dollar signs around a formula are left out.
+    A full stop at the end is left out, and so are the dollar signs around a formula or at a price.
     """
     boxed = _last_boxed(text)
     if boxed is None:
         marks = list(_MARKS.finditer(text))
         rest = text[marks[-1].end() :].strip() if marks else ""
         boxed = rest.splitlines()[0] if rest else text
-    return boxed.strip().strip("$").strip().removesuffix(".").strip()
+    part = boxed.strip().removesuffix(".").strip()
+    inside = part.strip("$")
+    if "$" not in inside and (part.startswith("$") or part.count("$") == 1):
+        part = inside
+    return part.strip().removesuffix(".").strip()
 
 
 def _last_boxed(text: str) -> str | None:
@@ -109,11 +116,26 @@ def chosen_letter(text: str) -> str | None:
     return next(group for group in letters[-1].groups() if group).upper() if letters else None
 
 
-CHECKERS: dict[str, Checker] = {"exact": exact, "contains": contains, "numeric": numeric, "choice": choice}
+def mathematical(answer: str, reference: str, row: Mapping[str, Any]) -> bool:
+    """Both come to the same mathematical object, as math-verify reads LaTeX and expressions: 1/2 is \\frac{1}{2} and 0.5, (1, 2) an
+    interval. What cannot be read, or takes longer than seconds, is right only if it is the reference to the letter."""
+    from potstill.rollouts.math_checker import are_equal
+
+    found, wanted = final_part(answer), final_part(reference)
+    if not found or not wanted:
+        return False
+    return found == wanted or are_equal(found[-_MOST_PARSED:], wanted[-_MOST_PARSED:])
+
+
+CHECKERS: dict[str, Checker] = {"exact": exact, "contains": contains, "numeric": numeric, "choice": choice, "math": mathematical}
 
 
 def make_checker(name: str, key: str) -> Checker:
     """The checker that a recipe names: one of CHECKERS, or a function of the user's. Raises ConfigError naming the `key`."""
+    if name == "math":
+        from potstill.rollouts.math_checker import require_math_verify
+
+        require_math_verify(key)
     if name in CHECKERS:
         return CHECKERS[name]
     if ":" not in name:
@@ -128,8 +150,7 @@ def _guarded(function: NamedFunction, key: str) -> Checker:
         try:
             said = function(answer, reference, dict(row))
         except Exception as error:
-            remedy = "mend it; the same command goes on and asks nothing again"
-            raise ConfigError(f"{where} failed: {type(error).__name__}: {error}; {remedy}") from error
+            raise ConfigError(f"{where} failed: {type(error).__name__}: {error}; mend it, and give the same command again") from error
         if type(said).__name__ not in ("bool", "bool_"):
             raise ConfigError(f"{where} gave {said!r:.80}; it must return True or False")
         return bool(said)

@@ -12,8 +12,8 @@ class FilterConfig(Config):
     """Which answers are left out of the data set. What is dropped is counted by its reason, and can be kept apart."""
 
     checker: Annotated[str, Field(min_length=1)] | None = None
-    """Keep an answer only if it is right: exact, contains, numeric, choice, or FILE.py:NAME of a function of yours: (answer, reference,
-    row) -> bool. The reference is the row's own answer."""
+    """Keep an answer only if it is right: exact, contains, numeric, choice, math, or FILE.py:NAME of a function of yours: (answer,
+    reference, row) -> bool. The reference is the row's own answer."""
     min_tokens: Positive | None = None
     """Answers with fewer tokens are left out; the token that ends an answer is not counted."""
     max_tokens: Positive | None = None
