@@ -306,9 +306,10 @@ def test_weights_that_do_not_fit_are_refused(choices, said):
         DistributionMatching(**choices)
 
 
-def test_details_are_counted_only_where_asked():
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_details_are_counted_only_where_asked_and_know_no_temperature(temperature):
     rows, head, signal, student, teacher = setting()
-    plan = make_plan("jsd", None, kd_ratio=0.4, temperature=1.0, scale_by_temperature_squared=None, support="full", token_weight="none")
+    plan = make_plan("jsd", None, kd_ratio=0.4, temperature=temperature, support="full", token_weight="none")
     assert set(run_plan(plan, rows, head, signal.outcomes, TARGETS).by_row) == {"cross_entropy", "divergence"}
     found = run_plan(plan, rows, head, signal.outcomes, TARGETS, details=True).by_row
     torch.testing.assert_close(found["student_entropy"], entropy(student))

@@ -23,7 +23,7 @@ def _with_losses(monkeypatch, losses: list[float]) -> None:
     from potstill.training.validation import Validation
 
     found = iter(losses)
-    monkeypatch.setattr(Validation, "means", lambda self, measure, after_batch: [next(found), 0.0, 0.0, 1.0])
+    monkeypatch.setattr(Validation, "means", lambda self, measure, after_batch: [next(found), 0.0, 0.0, 1.0, *[math.nan] * 3])
 
 
 def test_early_stopping_ends_the_run_and_gives_back_the_best_weights(tmp_path, monkeypatch):

@@ -72,7 +72,9 @@ class DistributionMatching(nn.Module):
         """What the total of the whole optimizer step is divided by, summed over its micro-batches and ranks."""
         return count(self.reduction, batch)
 
-    def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
+    def total(
+        self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch, *, details: bool = False
+    ) -> FusedLoss:
         """`student_rows [N, D]` and `signal` answer the rows of `batch.target_rows()`, in their order."""
         if signal is None or signal.outcomes is None:
             raise IncompatibleError(
@@ -95,5 +97,5 @@ class DistributionMatching(nn.Module):
         return run_plan(
             self.plan, student_rows, student_head, outcomes, targets,
             vocabulary_size=self.vocabulary_size, row_weights=weights, divergence_weights=of_divergence, training=self.training,
-            execution=self.execution,
+            details=details, execution=self.execution,
         )

@@ -39,7 +39,7 @@ class FusedLoss:
 
     `cross_entropy` and `divergence` are weighted by the row weights alone: neither kd_weight nor sft_weight, no squared temperature,
     no token weight. `by_row` holds what was found for each of the N rows: "cross_entropy", "divergence", "token_weight" where there
-    is one, and with details "student_entropy", "teacher_entropy" and "top1_agreement".
+    is one, and with details "student_entropy", "teacher_entropy" and "top1_agreement", at temperature 1, as far as they are known.
     """
 
     total: Float[Tensor, ""]

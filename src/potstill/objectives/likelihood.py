@@ -33,10 +33,12 @@ class Likelihood(nn.Module):
         """What the total of the whole optimizer step is divided by, summed over its micro-batches and ranks."""
         return count(self.reduction, batch)
 
-    def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
+    def total(
+        self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch, *, details: bool = False
+    ) -> FusedLoss:
         """`student_rows [N, D]` are the rows of `batch.target_rows()`; `signal` is not read."""
         return run_plan(
             self.plan, student_rows, student_head, None, batch.target_rows()[1],
             vocabulary_size=self.vocabulary_size, row_weights=row_weights(self.reduction, batch), training=self.training,
-            execution=self.execution,
+            details=details, execution=self.execution,
         )

@@ -104,7 +104,9 @@ class PolicyGradient(nn.Module):
         """What the total of the whole optimizer step is divided by, summed over its micro-batches and ranks."""
         return count(self.reduction, batch)
 
-    def total(self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch) -> FusedLoss:
+    def total(
+        self, student_rows: Tensor, student_head: Head, signal: TeacherSignal | None, batch: Batch, *, details: bool = False
+    ) -> FusedLoss:
         """`student_rows [N, D]` and `signal` answer the rows of `batch.target_rows()`, in their order.
 
         Raises IncompatibleError where text is to be credited whose log-probabilities or rewards the batch does not hold.
@@ -120,7 +122,8 @@ class PolicyGradient(nn.Module):
         loss = run_plan(
             self.plan, student_rows, student_head, None if self.written else outcomes, targets, vocabulary_size=self.vocabulary_size,
             row_weights=weights, divergence_weights=None if credit is None else credit.divergence_weights,
-            text_weights=None if credit is None else credit.coefficients, training=False, execution=self.execution,
+            text_weights=None if credit is None else credit.coefficients, training=False, details=details,
+            execution=self.execution,
         )
         return loss if credit is None else self._valued(loss, credit, weights)
 

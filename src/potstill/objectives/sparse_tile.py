@@ -12,8 +12,8 @@ from torch import Tensor
 from potstill.objectives.pair import LOG_ZERO, nats
 from potstill.objectives.plan import Plan
 from potstill.objectives.supports import Compared, reduce_teacher, repeated_ids
-from potstill.objectives.tile_parts import Finish, TileInput, gradient_scale, text_scale, weigh, weighted_divergence, wide
-from potstill.objectives.weights import entropy, entropy_share
+from potstill.objectives.tile_parts import Finish, TileInput, gradient_scale, seen, text_scale, weigh, weighted_divergence, wide
+from potstill.objectives.weights import entropy_share
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def sparse_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     logits = finishes[0].logits(wide(linear))
     picked = rows.targets.unsqueeze(-1)
     teacher = _record(plan, finishes[1], rows, picked, logits)
-    found, share = _whole_looks(plan, logits, teacher, details)
+    found, share = _whole_looks(plan, finishes[1], logits, rows, teacher, details)
     slope = finishes[0].slope(logits) if training else None
     ids, repeated = _one_each(plan, teacher)
     tempered = None
@@ -74,8 +74,6 @@ def sparse_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     else:
         compared = _compared(plan, plain, parted, teacher, repeated)
         more, gradient = weighted_divergence(plan, compared, rows, None, share, training=training)
-        if details:
-            found["teacher_entropy"] = entropy(compared.teacher)
         if plan.token_weight == "position":
             found["disagreement"] = (teacher[3] - parted.at_target).squeeze(-1)
     found.update(more)
@@ -114,14 +112,22 @@ def _one_each(plan: Plan, teacher: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(padding, kept_id, ids), repeated_ids(torch.where(padding, -1 - places, ids)) | padding
 
 
-def _whole_looks(plan: Plan, logits: Tensor, teacher: tuple[Tensor, ...], details: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What must be seen of all the logits before they are given up: for the log, and for the one weight that asks it."""
+def _whole_looks(
+    plan: Plan, finish: Finish, logits: Tensor, rows: TileInput, teacher: tuple[Tensor, ...], details: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What must be seen of all the logits before they are given up: for the log, and for the one weight that asks it.
+
+    What a record does not say of its teacher is left out: its entropy, where it kept some tokens, and its best token, where it kept none.
+    """
     found = {}
     if details:
-        found["student_entropy"] = entropy(logits.log_softmax(-1))
-        if plan.support not in ("samples", "projected", "student_top_k_tail"):
+        live = len(rows.teacher) == 1
+        found = seen(logits.log_softmax(-1), finish.logits(wide(rows.teacher[0])).log_softmax(-1) if live else None)
+        if not live and plan.support in ("top_k_tail", "top_k_renormalised"):
             best = teacher[0].gather(-1, teacher[1].argmax(-1, keepdim=True)).squeeze(-1)
             found["top1_agreement"] = (best == logits.argmax(-1)).to(logits.dtype)
+        elif not live and plan.support == "projected" and plan.temperature == 1:
+            found["teacher_entropy"] = teacher[2].squeeze(-1)
     if plan.token_weight != "student_entropy":
         return found, None
     return found, entropy_share((logits / plan.temperature).log_softmax(-1))

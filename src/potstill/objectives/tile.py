@@ -10,8 +10,8 @@ from potstill.objectives.pair import nats
 from potstill.objectives.plan import Plan
 from potstill.objectives.sparse_tile import sparse_step
 from potstill.objectives.supports import Compared
-from potstill.objectives.tile_parts import Finish, TileInput, text_scale, weighted_divergence, wide
-from potstill.objectives.weights import entropy, entropy_share
+from potstill.objectives.tile_parts import Finish, TileInput, seen, text_scale, weighted_divergence, wide
+from potstill.objectives.weights import entropy_share
 
 
 def tile_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, rows: TileInput, *, training: bool, details: bool = False):
@@ -31,8 +31,8 @@ def _whole_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
     if plan.has_teacher:
         tempered = log_probs if plan.temperature == 1 else (logits / plan.temperature).log_softmax(-1)
         tempered_probs = probs if plan.temperature == 1 or probs is None else tempered.exp()
-        teacher = finishes[1].logits(wide(rows.teacher[0]))
-        teacher = (teacher if plan.temperature == 1 else teacher / plan.temperature).log_softmax(-1)
+        of_teacher = finishes[1].logits(wide(rows.teacher[0]))
+        teacher = (of_teacher if plan.temperature == 1 else of_teacher / plan.temperature).log_softmax(-1)
         compared = Compared(tempered, teacher, tempered.shape[-1])
         of_student = entropy_share(tempered) if plan.token_weight == "student_entropy" else None
         more, gradient = weighted_divergence(plan, compared, rows, tempered_probs, of_student, training=training)
@@ -40,10 +40,9 @@ def _whole_step(plan: Plan, finishes: tuple[Finish, Finish], linear: Tensor, row
         if plan.token_weight == "position":
             found["disagreement"] = (teacher.gather(-1, picked) - tempered.gather(-1, picked)).squeeze(-1)
         if details:
-            found["teacher_entropy"] = entropy(teacher)
-            found["top1_agreement"] = (teacher.argmax(-1) == log_probs.argmax(-1)).to(log_probs.dtype)
-    if details:
-        found["student_entropy"] = entropy(log_probs)
+            found.update(seen(log_probs, teacher if plan.temperature == 1 else of_teacher.log_softmax(-1)))
+    elif details:
+        found.update(seen(log_probs, None))
     if probs is not None and plan.sft_weight > 0:
         weights = text_scale(plan, rows)
         gradient = probs * weights if gradient is None else gradient.addcmul_(probs, weights)

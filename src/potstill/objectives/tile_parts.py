@@ -13,7 +13,7 @@ from potstill.objectives.divergences import DIVERGENCES, GRADIENTS
 from potstill.objectives.pair import LOG_ZERO, Pair, make_pair
 from potstill.objectives.plan import Plan
 from potstill.objectives.supports import Compared
-from potstill.objectives.weights import cap_weight, position_weight
+from potstill.objectives.weights import cap_weight, entropy, position_weight
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,15 @@ def weighted_divergence(
     if token_weights is not None:
         found["token_weight"] = token_weights
     return found, None if gradient is None else gradient.mul_(gradient_scale(plan, weights))
+
+
+def seen(student: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+    """By row, from log-probabilities [n, V] at temperature 1: entropies in nats, and 1 where the most likely tokens are the same one."""
+    found = {"student_entropy": entropy(student)}
+    if teacher is not None:
+        found["teacher_entropy"] = entropy(teacher)
+        found["top1_agreement"] = (teacher.argmax(-1) == student.argmax(-1)).to(student.dtype)
+    return found
 
 
 def text_scale(plan: Plan, rows: TileInput) -> Tensor:

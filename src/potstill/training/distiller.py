@@ -17,11 +17,14 @@ from potstill.objectives.likelihood import Likelihood
 from potstill.objectives.policy import PolicyGradient
 from potstill.signals import TeacherSignal
 
-# What the distiller asks of an objective: `needs`, `reduction`, `count(batch)` and `total(student_rows, student_head, signal, batch)`.
+# What the distiller asks of an objective: `needs`, `reduction`, `count(batch)` and `total(student_rows, student_head, signal, batch,
+# details=...)`.
 Objective = DistributionMatching | Likelihood | PolicyGradient
 
 
 DATASET = "dataset"
+# What validation says beside the loss, as the objectives name it for each row.
+SEEN = ("top1_agreement", "student_entropy", "teacher_entropy")
 
 
 def without_dropout(module: nn.Module) -> None:
@@ -30,6 +33,12 @@ def without_dropout(module: nn.Module) -> None:
     """
     for part in module.modules():
         part.training = part.training and bool(getattr(part, "gradient_checkpointing", False))
+
+
+def sums_of(by_row: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """The sum of each of `SEEN` over the rows [N, D], in float64 on the CPU; NaN where it is not known of every row."""
+    unknown = torch.full((len(rows),), torch.nan)
+    return torch.stack([by_row.get(name, unknown).detach().cpu().double().sum() for name in SEEN])
 
 
 class Distiller(nn.Module):
@@ -54,8 +63,9 @@ class Distiller(nn.Module):
 
     def forward(
         self, batch: Batch | None, signal: TeacherSignal | None, stream: str = DATASET, write: Callable[[], None] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats.
+    ) -> tuple[Tensor, ...]:
+        """Total (with a gradient), cross-entropy and divergence: sums over the batch's targets, in nats. In evaluation mode a fourth
+        tensor follows, the sums of what is `SEEN`.
 
         With `write` there is no batch, and three zeros come back: it is called here, where the root's parameters are whole.
         """
@@ -75,5 +85,6 @@ class Distiller(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             rows, head = rows.to(dtype), head.each(lambda tensor: tensor.to(dtype))
         with torch.autocast(kind, enabled=False):
-            loss = self.objective_of(stream).total(rows, head, signal, batch)
-        return loss.total, loss.cross_entropy, loss.divergence
+            loss = self.objective_of(stream).total(rows, head, signal, batch, details=not self.training)
+        sums = loss.total, loss.cross_entropy, loss.divergence
+        return sums if self.training else (*sums, sums_of(loss.by_row, rows))

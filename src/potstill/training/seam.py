@@ -33,7 +33,7 @@ from potstill.training.order import Window, mix
 from potstill.training.processes import Ranks
 from potstill.training.saving import Saver
 from potstill.training.turns import Feed, Turn
-from potstill.training.validation import Validation
+from potstill.training.validation import Validation, means_by_name
 
 # Seconds that ranks go on writing after a signal, to commit the step before; who sends one waits 30 or more before he kills.
 PATIENCE = 15.0
@@ -274,14 +274,15 @@ class DistillationTrainer(Trainer):
             torch.manual_seed(mix(self.args.seed, 0, next(turns)))
             batch = batch.to(self.args.device)
             with torch.no_grad():
-                sums = model(batch, self.answer(batch, self.distiller.objective.needs))
+                *sums, seen = model(batch, self.answer(batch, self.distiller.objective.needs))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            return (*sums, torch.tensor(float(batch.num_targets))), self.distiller.objective.count(batch)
+            return (*sums, torch.tensor(float(batch.num_targets)), *seen), self.distiller.objective.count(batch)
 
-        total, cross_entropy, divergence, targets = validation.means(measure, after_batch=self.stop_if_asked)
+        total, cross_entropy, divergence, targets, *seen = validation.means(measure, after_batch=self.stop_if_asked)
         metrics = {f"{metric_key_prefix}_loss": total, f"{metric_key_prefix}_loss/ce": cross_entropy}
         if self.teacher is not None:
             metrics[f"{metric_key_prefix}_loss/kd"] = divergence
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means_by_name(seen, targets).items()}
         metrics[f"{metric_key_prefix}_seconds"] = time.monotonic() - began
         reshard(self.distiller)
         self.progress.evaluation_pending = False

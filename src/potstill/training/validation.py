@@ -1,13 +1,21 @@
 """The loss on the validation set: every target counts once, whatever the batch, the packing and the number of ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from potstill.batch import Batch
 from potstill.training.feeding import Rows
 from potstill.training.processes import Ranks
+
+# What the distiller has `SEEN`, as the log names it.
+_NAMES = ("top1_agreement", "entropy", "teacher_entropy")
+
+
+def means_by_name(seen: Sequence[float], targets: float) -> dict[str, float]:
+    """Each as a mean over targets, entropies in nats; what is not known of every target is left out."""
+    return {name: value / targets for name, value in zip(_NAMES, seen, strict=True) if targets and math.isfinite(value)}
 
 
 class Validation:
