@@ -9,7 +9,7 @@ from potstill.errors import RunFolderError, UsageError
 from potstill.evaluation.config import EvaluationConfig, refuse_output
 from potstill.evaluation.task_config import TextTaskConfig
 from potstill.models.config import LoadingConfig
-from potstill.recipes.mistakes import build
+from potstill.recipes.mistakes import build, show
 from potstill.recipes.precheck import check_data, check_model
 from potstill.recipes.read import apply_override, read_text, recipe_from_values
 from potstill.recipes.schema import Recipe
@@ -87,7 +87,12 @@ def _plan_document(plan: str | None) -> Document:
     document = parse(read_text(path, plan), plan)
     if not isinstance(document.values, dict):
         raise UsageError(f"{plan}: a plan is a mapping with keys such as tasks, models and teacher")
-    for name, seeds in (document.values.get("models") or {}).items():
+    if not isinstance(document.values.get("tasks") or [], list):
+        raise UsageError(f"{document.place(('tasks',)) or plan}: tasks: a list of tasks, each with a kind; found {show(document.values['tasks'])}")
+    models = document.values.get("models") or {}
+    if not isinstance(models, dict):
+        raise UsageError(f"{document.place(('models',)) or plan}: models: rows by name, as in {{student: runs/kd}}; found {show(models)}")
+    for name, seeds in models.items():
         said = seeds if isinstance(seeds, list) else [seeds]
         document.values["models"][name] = [model_values(one) if isinstance(one, str) else one for one in said]
     if isinstance(document.values.get("teacher"), str):
@@ -139,7 +144,7 @@ def _own_place(models: Sequence[str], config: EvaluationConfig, teacher: str | N
         return None
     names = [task.label for task in config.tasks]
     parts = ["-and-".join(names[:3]) + ("-and-more" if len(names) > 3 else "")]
-    parts += [f"beside-{Path(model).name}" for model in models[1:3]]
+    parts += [f"beside-{Path(name).name}" for name in list(config.models)[1:3]]
     parts += [f"against-{Path(teacher).name}"] if teacher else []
     return str(Path(models[0]).expanduser() / "evaluation" / f"{'-'.join(parts)}.json")
 
