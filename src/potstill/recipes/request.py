@@ -88,7 +88,8 @@ def _plan_document(plan: str | None) -> Document:
     if not isinstance(document.values, dict):
         raise UsageError(f"{plan}: a plan is a mapping with keys such as tasks, models and teacher")
     if not isinstance(document.values.get("tasks") or [], list):
-        raise UsageError(f"{document.place(('tasks',)) or plan}: tasks: a list of tasks, each with a kind; found {show(document.values['tasks'])}")
+        found = show(document.values["tasks"])
+        raise UsageError(f"{document.place(('tasks',)) or plan}: tasks: a list of tasks, each with a kind; found {found}")
     models = document.values.get("models") or {}
     if not isinstance(models, dict):
         raise UsageError(f"{document.place(('models',)) or plan}: models: rows by name, as in {{student: runs/kd}}; found {show(models)}")
