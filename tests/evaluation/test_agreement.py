@@ -86,6 +86,12 @@ def reference(student, teacher, examples, tokenizer=None):
     found = {
         "cross_entropy": mean(nats), "perplexity": math.exp(mean(nats)), "teacher_perplexity": math.exp(mean(teacher_nats)),
         "top1_agreement": mean(student_rows.argmax(axis=1) == teacher_rows.argmax(axis=1)),
+        "overlap_at_5": mean([len(set(one) & set(other)) / 5 for one, other in zip(
+            np.argsort(-student_rows)[:, :5].tolist(), np.argsort(-teacher_rows)[:, :5].tolist(), strict=True)]),
+        "teacher_top1_rank": mean([row.tolist().index(first) + 1 for row, first in zip(
+            np.argsort(-student_rows), teacher_rows.argmax(axis=1), strict=True)]),
+        "forward_kl_median": np.median(kl(teacher_rows, student_rows)),
+        "forward_kl_p99": np.quantile(kl(teacher_rows, student_rows), 0.99, method="inverted_cdf"),
         "forward_kl": mean(kl(teacher_rows, student_rows)), "reverse_kl": mean(kl(student_rows, teacher_rows)),
         "jsd": mean((kl(teacher_rows, mixture) + kl(student_rows, mixture)) / 2),
         "total_variation": mean(np.abs(student_rows - teacher_rows).sum(axis=1) / 2),
@@ -111,8 +117,12 @@ def test_every_metric_equals_its_definition(models, examples):
     assert found.keys() == expected.keys() == METRICS.keys()
     assert 0.1 < expected["top1_agreement"] < 0.9
     assert expected["forward_kl"] > 0.1
+    assert 0.2 < expected["overlap_at_5"] < 0.9
+    assert expected["teacher_top1_rank"] > 1.5
     for name, value in expected.items():
-        assert found[name].value == pytest.approx(value, rel=2e-5, abs=2e-6), name
+        # Quantiles are read off bins whose edges are a factor of 10 ** (1 / 12) apart.
+        rel = 10 ** (1 / 12) - 1 if name in ("forward_kl_median", "forward_kl_p99") else 2e-5
+        assert found[name].value == pytest.approx(value, rel=rel, abs=2e-6), name
         assert found[name].standard_error > 0, name
     num_targets = sum(example.num_targets for example in examples)
     assert found["forward_kl"].count == num_targets
@@ -255,12 +265,20 @@ STUDENT, TEACHER = (0.4, 0.1, 0.3, 0.2), (0.5, 0.3, 0.15, 0.05)
     [
         ("forward_kl", 0.2678686671), ("reverse_kl", 0.2860843770), ("jsd", 0.0657814514), ("tvd", 0.3), ("agreements", 1.0),
         ("nats", 2.3025850930), ("teacher_nats", -math.log(0.3)), ("entropy", 1.2798542258), ("teacher_entropy", 1.1421200430),
-        ("brier", 0.4**2 + 0.9**2 + 0.3**2 + 0.2**2),
+        ("brier", 0.4**2 + 0.9**2 + 0.3**2 + 0.2**2), ("overlaps", 1.0), ("teacher_ranks", 1.0),
     ],
 )  # fmt: skip
 def test_one_row_has_the_values_of_the_fixture(column, expected):
     student, teacher = (torch.tensor([row], dtype=torch.float64).log() for row in (STUDENT, TEACHER))
     assert measure_rows(student, teacher, torch.tensor([1]))[0, COLUMN[column]].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_rank_counts_what_the_student_finds_more_likely():
+    student, teacher = (torch.tensor([row], dtype=torch.float64).log() for row in ((0.3, 0.1, 0.1, 0.5), (0.2, 0.6, 0.1, 0.1)))
+    measured = measure_rows(student, teacher, torch.tensor([0]))[0]
+    # A token that is exactly as likely does not stand before it.
+    assert measured[COLUMN["teacher_ranks"]] == 3
+    assert measured[COLUMN["agreements"]] == 0
 
 
 def test_an_impossible_outcome_adds_no_entropy():

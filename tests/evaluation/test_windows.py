@@ -3,7 +3,7 @@
 import pytest
 
 from potstill.batch import Example
-from potstill.evaluation.windows import windows
+from potstill.evaluation.windows import Window, windows
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 12, 13, 40, 41])
@@ -12,8 +12,12 @@ def test_every_target_is_in_exactly_one_window_with_its_context(length, max_toke
     # Tokens are their own positions, so a target says where it stands in the text.
     example = Example(list(range(length)), [True] * length, 5, "file:1")
     found = list(windows([example], max_tokens))
-    targets = []
-    for window in found:
+    targets, answered = [], 0
+    for one in found:
+        window = one.example
+        # Of one unbroken answer every window goes on where the one before ended.
+        assert one.before == answered
+        answered += window.num_targets
         assert len(window.tokens) <= max_tokens
         assert (window.index, window.origin) == (5, "file:1")
         assert window.tokens == list(range(window.tokens[0], window.tokens[0] + len(window.tokens)))
@@ -28,12 +32,20 @@ def test_windows_without_a_target_are_left_out():
     example = Example(list(range(30)), [False] * 28 + [True, True], 0)
     found = list(windows([example], 8))
     assert len(found) == 1
-    assert [token for token, target in zip(found[0].tokens, found[0].is_target, strict=True) if target] == [28, 29]
+    assert [token for token, target in zip(found[0].example.tokens, found[0].example.is_target, strict=True) if target] == [28, 29]
+    assert found[0].before == 0
+
+
+def test_a_window_knows_how_much_of_its_answer_was_read_before():
+    marks = [True] * 3 + [False] * 2 + [True] * 9 + [False] * 4 + [True] * 6
+    found = list(windows([Example(list(range(len(marks))), marks, 0)], 8))
+    spans = [(one.example.tokens[one.example.is_target.index(True)], one.before) for one in found]
+    assert spans == [(0, 0), (8, 3), (12, 7), (18, 0), (20, 2)]
 
 
 def test_a_short_text_is_left_as_it_is():
     example = Example([1, 2, 3], [False, True, True], 0)
-    assert list(windows([example], 3)) == [example]
+    assert list(windows([example], 3)) == [Window(example)]
 
 
 def test_a_window_of_one_token_predicts_nothing():

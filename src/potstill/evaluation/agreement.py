@@ -5,7 +5,7 @@ functions, in float32, on the tokenizer's vocabulary (padded columns are cropped
 in float64, because the tokens of one document are not independent. Knows nothing of files and formats.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -15,7 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from potstill.batch import Batch
 from potstill.data.token_bytes import token_bytes
 from potstill.errors import DataError, NonFiniteError
-from potstill.evaluation.metrics import CALIBRATION, COLUMN, NUM_CALIBRATION_BINS, NUM_COLUMNS, scores_of
+from potstill.evaluation.by_position import ByPosition
+from potstill.evaluation.metrics import (
+    CALIBRATION,
+    COLUMN,
+    CONFIDENCE,
+    CONFIDENT,
+    FORWARD_KL_ROWS,
+    NUM_CALIBRATION_BINS,
+    NUM_COLUMNS,
+    NUM_OVERLAP,
+    scores_of,
+)
+from potstill.evaluation.row_quantiles import EDGES
 from potstill.evaluation.scores import Scores
 from potstill.evaluation.statistics import Estimate
 from potstill.head import Head
@@ -43,11 +55,13 @@ def measure(
 def measure_documents(
     student: CausalLM, batches: Iterable[Batch], teacher: CausalLM | None = None, *,
     tokenizer: PreTrainedTokenizerBase | None = None, on_batch: Callable[[Batch], None] | None = None, chunk_rows: int | None = None,
+    names: Mapping[int, str] | None = None, by_position: ByPosition | None = None,
 ) -> Scores:  # fmt: skip
     """As `measure`, with the sums of every document, for comparisons and seeds.
 
-    Documents are told apart by Example.index (`batch.examples`): several windows of one document are one cluster. `chunk_rows` is
-    how many positions pass through the heads at once; by default as many as fit `CHUNK_BYTES`.
+    Documents are told apart by Example.index (`batch.examples`), or by what `names` calls it: several windows of one document are one
+    cluster. `chunk_rows` is how many positions pass through the heads at once; by default as many as fit `CHUNK_BYTES`. Rows are
+    counted in `by_position` too, where it is given.
     """
     bytes_of = None if tokenizer is None else torch.from_numpy(token_bytes(tokenizer))
     models = [student] if teacher is None else [student, teacher]
@@ -57,7 +71,7 @@ def measure_documents(
         for model in models:
             model.eval()
         for number, batch in enumerate(batches):
-            for document, row in zip(*_measure_batch(student, batch, teacher, bytes_of, chunk_rows), strict=True):
+            for document, row in zip(*_measure_batch(student, batch, teacher, bytes_of, chunk_rows, by_position), strict=True):
                 # Without Example.index every document is its own cluster, numbered by batch so that none meet.
                 key = document if batch.examples else number * 2**32 + document
                 sums[key] = sums.get(key, 0) + row
@@ -68,16 +82,25 @@ def measure_documents(
             model.train(training)
     if not sums:
         raise DataError("nothing to measure: no batch holds a target token; check the data's format and its targets")
-    documents = tuple(sorted(sums))
-    totals = np.stack([sums[document] for document in documents])
+    items, totals = _joined(sums, names)
     if not np.isfinite(totals).all():
-        broken = documents[int(np.flatnonzero(~np.isfinite(totals).all(axis=1))[0])]
+        broken = items[int(np.flatnonzero(~np.isfinite(totals).all(axis=1))[0])]
         raise NonFiniteError(f"document {broken}: its measurement is not finite: check the weights of the model for NaN")
-    return scores_of(tuple(map(str, documents)), totals, has_teacher=teacher is not None, has_bytes=tokenizer is not None)
+    return scores_of(items, totals, has_teacher=teacher is not None, has_bytes=tokenizer is not None)
+
+
+def _joined(sums: Mapping[int, np.ndarray], names: Mapping[int, str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+    """The items, in the order of their first document, and their totals [items, NUM_COLUMNS]."""
+    joined: dict[str, np.ndarray] = {}
+    for document in sorted(sums):
+        name = str(document) if names is None else names[document]
+        joined[name] = joined.get(name, 0) + sums[document]
+    return tuple(joined), np.stack(list(joined.values()))
 
 
 def _measure_batch(
-    student: CausalLM, batch: Batch, teacher: CausalLM | None, bytes_of: Tensor | None, chunk_rows: int | None
+    student: CausalLM, batch: Batch, teacher: CausalLM | None, bytes_of: Tensor | None, chunk_rows: int | None,
+    by_position: ByPosition | None,
 ) -> tuple[list[int], np.ndarray]:
     """The documents of a batch that hold targets, and their sums [documents, NUM_COLUMNS]."""
     batch = batch.to(student.device)
@@ -85,6 +108,8 @@ def _measure_batch(
         return [], np.zeros((0, NUM_COLUMNS))
     _, targets = batch.target_rows()
     responses, owner = batch.target_responses().unique(return_inverse=True)
+    documents = _documents(batch, responses)
+    buckets = None if by_position is None else by_position.buckets(batch, documents, owner)
     student_rows, student_head = student(batch)
     teacher_rows, teacher_head = (None, None) if teacher is None else teacher(batch.to(teacher.device))
     vocabulary_size = student.vocabulary_size if teacher is None else min(student.vocabulary_size, teacher.vocabulary_size)
@@ -99,9 +124,11 @@ def _measure_batch(
         measured = measure_rows(student_log_probs, teacher_log_probs, targets[part])
         # Float64 stays on the processor: some accelerators have none.
         sums.index_add_(0, owner[part].cpu(), measured.cpu().double())
+        if by_position is not None and buckets is not None:
+            by_position.add(buckets[part], measured)
     if bytes_of is not None:
         sums[:, COLUMN["bytes"]].index_add_(0, owner.cpu(), bytes_of[targets.cpu()].double())
-    return _documents(batch, responses), sums.numpy()
+    return documents, sums.numpy()
 
 
 def log_probs(head: Head, rows: Tensor, vocabulary_size: int) -> Tensor:
@@ -125,16 +152,30 @@ def measure_rows(student_log_probs: Tensor, teacher_log_probs: Tensor | None, ta
     put("entropy", _entropy(student_log_probs))
     # The sum over outcomes of (probability - outcome) squared, without the one-hot outcome.
     put("brier", probabilities.square().sum(dim=-1) - 2 * of_target.exp() + 1)
-    bins = CALIBRATION.start + calibration_bin(confidence, NUM_CALIBRATION_BINS)
-    measured.scatter_(1, bins[:, None], (correct - confidence)[:, None])
+    bins = calibration_bin(confidence, NUM_CALIBRATION_BINS)[:, None]
+    for first, values in ((CALIBRATION, correct - confidence), (CONFIDENCE, confidence), (CONFIDENT, torch.ones_like(confidence))):
+        measured.scatter_(1, first + bins, values[:, None].to(measured.dtype))
     if teacher_log_probs is not None:
         put("teacher_nats", -teacher_log_probs.gather(1, targets[:, None]).squeeze(1))
         put("teacher_entropy", _entropy(teacher_log_probs))
-        put("agreements", choice == teacher_log_probs.argmax(dim=-1))
+        put("overlaps", _overlap(student_log_probs, teacher_log_probs))
+        wanted = teacher_log_probs.argmax(dim=-1)
+        put("agreements", choice == wanted)
+        # Tokens that the student finds exactly as likely do not stand before it.
+        put("teacher_ranks", 1 + (student_log_probs > student_log_probs.gather(1, wanted[:, None])).sum(dim=-1))
         for column in ("forward_kl", "reverse_kl", "tvd"):
             put(column, DIVERGENCES[column](student_log_probs, teacher_log_probs))
+        edges = torch.from_numpy(EDGES).to(measured)
+        measured.scatter_(1, FORWARD_KL_ROWS + torch.bucketize(measured[:, [COLUMN["forward_kl"]]].contiguous(), edges, right=True), 1.0)
         put("jsd", DIVERGENCES["jsd"](student_log_probs, teacher_log_probs, beta=0.5))
     return measured
+
+
+def _overlap(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """The share [n] of the teacher's `NUM_OVERLAP` most likely tokens that are among the student's."""
+    most = min(NUM_OVERLAP, student_log_probs.shape[-1])
+    ours, theirs = (log_probs.topk(most, dim=-1).indices for log_probs in (student_log_probs, teacher_log_probs))
+    return (theirs[:, :, None] == ours[:, None, :]).any(dim=-1).double().mean(dim=-1)
 
 
 def calibration_bin(confidence: Tensor, num_bins: int) -> Tensor:

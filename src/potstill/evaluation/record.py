@@ -151,7 +151,7 @@ class EvaluationRecord:
 
     def _series(self) -> list[dict[str, Any]]:
         return [
-            {"task": task, "model": model.name, **asdict(series)}
+            {"task": task, "model": model.name, **asdict(series), "x": list(series.x), "y": list(series.y)}
             for model in self.models for task, outcomes in model.outcomes.items() for outcome in outcomes[:1] for series in outcome.series
         ]  # fmt: skip
 

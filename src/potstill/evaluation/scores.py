@@ -45,8 +45,8 @@ _FORMULAS: dict[Kind, Callable[[np.ndarray], np.ndarray]] = {
 @dataclass(frozen=True)
 class Formula:
     """`kind` of the totals of `columns`: ratio a/b; perplexity exp(a/b); bits a/(b ln 2); complement 1 - a/b; gap (a - b)/c;
-    quotient (a/b)/(c/d); calibration sum(|b_i|)/a over all columns behind the first; median and p99 of rows counted
-    in the bins of `row_quantiles`; drafting (1 - r^(g+1))/(1 - r) with r = a/c accepted and g = b/c drafted tokens (Leviathan et al. 2023)."""
+    quotient (a/b)/(c/d); calibration sum(|b_i|)/a over all columns behind the first; median and p99 of rows counted in the bins of
+    `row_quantiles`; drafting (1 - r^(g+1))/(1 - r) with r = a/c accepted and g = b/c drafted tokens (Leviathan et al. 2023)."""
 
     kind: Kind
     columns: tuple[str, ...]
