@@ -22,6 +22,7 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -143,6 +144,16 @@ def longest_context(saved: PreTrainedConfig) -> int | None:
     does not say."""
     text = saved.get_text_config()
     return text.to_dict().get((text.attribute_map or {}).get("max_position_embeddings", "max_position_embeddings"))
+
+
+def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
+    """The ids at which the model stops, by its generation settings where a local folder has them, else by its configuration."""
+    folder = local_folder(config)
+    source: PreTrainedConfig | GenerationConfig = saved
+    if folder is not None and (folder / "generation_config.json").is_file():
+        source = GenerationConfig.from_pretrained(folder)
+    stated = source.eos_token_id
+    return tuple(stated) if isinstance(stated, list) else () if stated is None else (int(stated),)
 
 
 def load_tokenizer(config: LoadingConfig) -> PreTrainedTokenizerBase:

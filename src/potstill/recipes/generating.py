@@ -18,15 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.cache.provenance import NOTES, Provenance
 from potstill.counting_progress import CountingProgress
-from potstill.data.answer_columns import Question, answered, open_rows, refuse_unwritable
+from potstill.data.answer_columns import Question, refuse_unwritable
+from potstill.data.asking import ask as ask_rows
 from potstill.data.collation import padding_id
 from potstill.data.config import DataConfig
-from potstill.data.formats import Reading, check_columns
-from potstill.data.lines import Rejects
-from potstill.data.questions import as_trained, questions
-from potstill.data.rendering import Rendered, Renderer
-from potstill.data.sources import read_training_sources
-from potstill.data.templates import settle_template
+from potstill.data.rendering import Renderer
 from potstill.environment import environment
 from potstill.errors import DataError, IncompatibleError, InterruptedRun, UsageError
 from potstill.interruption import SignalWatch
@@ -69,10 +65,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts, and the rows that have none that can be asked."""
+    """The prompts, the tokens that end their answers in training, and the rows that have none that can be asked."""
 
     questions: list[Question]
     renderer: Renderer
+    ends: list[int]
     rows: int
     rejected: int
     too_long: int
@@ -91,7 +88,7 @@ def generate_recipe(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
     if isinstance(writer.config, LocalTeacherConfig) and writer.config.sharded and ranks.world_size > 1:
         raise UsageError("teacher.sharded: each rank writes answers of its own, so each holds the whole teacher; leave it out")
     asked = ask(recipe.data, config, writer, seed=recipe.run.seed)
-    writer = replace(writer, stop_ids=tuple(dict.fromkeys([*writer.stop_ids, *_ends_of_rows(asked)])))
+    writer = replace(writer, stop_ids=tuple(dict.fromkeys([*writer.stop_ids, *asked.ends])))
     checker = None if config.filters.checker is None else make_checker(config.filters.checker, CHECKER_KEY)
     if config.filters.checker in CHECKERS:
         _require_references(asked.questions, config)
@@ -138,18 +135,12 @@ def read_writer(recipe: Recipe) -> Writer:
 
 def ask(data: DataConfig, config: GenerateConfig, writer: Writer, *, seed: int) -> Asked:
     """The prompts of the training rows, as the writer reads them. Raises DataError where none is left, or one is too long."""
-    rejects = Rejects(data.bad_lines_allowed)
-    sources = read_training_sources(data, rejects, seed)
-    if any((item.format or data.format) in ("instruct", "chat") for item, _ in sources):
-        settle_template(writer.tokenizer, data.chat_template)
-    renderer = Renderer(writer.tokenizer, end_of_text=writer.stop_ids, template_variables=data.template_variables)
     wording = data.teacher_prompt if writer.key == "teacher" else None
-    found: list[Question] = []
-    for item, rows in sources:
-        reading = Reading(item.format or data.format, data.columns if item.columns is None else item.columns, data.instruct_prompt)
-        rows = check_columns(open_rows(rows, reading), reading, item.path, rejects)
-        refuse_unwritable(rows)
-        found += questions(rows, reading, renderer, rejects, config.prompt_tokens, wording)
+    asked = ask_rows(
+        data, writer.tokenizer, seed=seed, end_of_text=writer.stop_ids, prompt_tokens=config.prompt_tokens, wording=wording,
+    )  # fmt: skip
+    found = asked.questions
+    refuse_unwritable([question.row for question in found])
     room = data.max_tokens - config.sampling.max_new_tokens
     fitting = [question for question in found if len(question.tokens) <= room]
     if len(fitting) < len(found) and data.too_long == "error":
@@ -161,15 +152,7 @@ def ask(data: DataConfig, config: GenerateConfig, writer: Writer, *, seed: int) 
         )
     if not fitting:
         raise DataError(f"data.train: 0 of {len(found)} prompts can be asked; look at data.format, data.columns and data.max_tokens")
-    return Asked(fitting, renderer, sum(len(rows) for _, rows in sources), len(rejects.items), len(found) - len(fitting))
-
-
-def _ends_of_rows(asked: Asked) -> list[int]:
-    """The special token that an answer of these rows ends with: a chat template may end a turn with one of its own."""
-    question = asked.questions[0]
-    (read,) = as_trained([(answered(question, "Answer", ended=True, sample=0), question.reading)], asked.renderer)
-    last = read.tokens[read.spans[-1][1] - 1] if isinstance(read, Rendered) and read.spans else None
-    return [last] if last in asked.renderer.ending_ids and last is not None else []
+    return Asked(fitting, asked.renderer, asked.ends(), asked.rows, asked.rejected, len(found) - len(fitting))
 
 
 def _require_references(found: Sequence[Question], config: GenerateConfig) -> None:

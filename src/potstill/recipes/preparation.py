@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from potstill.data.collation import padding_id
 from potstill.data.examples import ExampleSet
 from potstill.data.prepare import PreparedData, prepare
 from potstill.errors import ModelError
 from potstill.models.config import LoadingConfig
-from potstill.models.loading import load_tokenizer, local_folder, longest_context, read_model_config
+from potstill.models.loading import load_tokenizer, longest_context, read_model_config, stop_ids
 from potstill.models.tokenizers import TokenizerComparison, compare_tokenizers
 from potstill.recipes.fitting import members
 from potstill.recipes.schema import Recipe
@@ -72,16 +72,6 @@ class Preparation:
 def read_model(config: LoadingConfig) -> Reader:
     """Raises ModelError naming the path."""
     return Reader(read_model_config(config), load_tokenizer(config))
-
-
-def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
-    """The ids at which the model stops, by its generation settings where a local folder has them, else by its configuration."""
-    folder = local_folder(config)
-    source: PreTrainedConfig | GenerationConfig = saved
-    if folder is not None and (folder / "generation_config.json").is_file():
-        source = GenerationConfig.from_pretrained(folder)
-    stated = source.eos_token_id
-    return tuple(stated) if isinstance(stated, list) else () if stated is None else (int(stated),)
 
 
 def ends_of(config: LoadingConfig, reader: Reader) -> tuple[int, ...]:
