@@ -4,6 +4,7 @@ The process environment is never written. It is read for one purpose: to blank t
 come from elsewhere are made known by whoever reads them.
 """
 
+import logging
 import os
 import platform
 import re
@@ -51,6 +52,15 @@ def redact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     return value
+
+
+def quiet_libraries() -> None:
+    """The libraries' own progress bars and notes stand in the way of ours; their warnings and errors still come through."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _version(package: str) -> str | None:

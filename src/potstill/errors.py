@@ -46,7 +46,12 @@ class StorageError(PotstillError, OSError):
 
 
 class ServerError(PotstillError):
-    """A server that the run depends on refuses, or answers what cannot be believed; the message holds its own words."""
+    """A server that the run depends on refuses, or answers what cannot be believed; the message holds its own words.
+
+    `status` is the HTTP status of a refusal.
+    """
+
+    status: int | None = None
 
 
 class GeneratorError(ServerError):

@@ -146,7 +146,9 @@ class Endpoint:
                 f"host: write the address that is meant in {self._service.section}.url"
             )
         hint = self._service.hint(path, status, said)
-        raise self._service.refusal(f"{address}: the server refuses with status {status}: {said}" + (f"; {hint}" if hint else ""))
+        refusal = self._service.refusal(f"{address}: the server refuses with status {status}: {said}" + (f"; {hint}" if hint else ""))
+        refusal.status = status
+        raise refusal
 
     async def close(self) -> None:
         if self._client is not None:
