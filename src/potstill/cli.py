@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from potstill.cli_judge import judge
+from potstill.environment import quiet_libraries as _quiet_libraries
 from potstill.environment import redact_text
 from potstill.errors import PotstillError
 
@@ -223,6 +225,9 @@ def evaluate(
         sys.stdout.write(_safe(f"written to {output}\n"))
 
 
+app.command()(judge)
+
+
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold run folders.", show_default=False)],
@@ -277,15 +282,6 @@ def _safe(text: str) -> str:
     from potstill.recipes.words import printable
 
     return printable(redact_text(text))
-
-
-def _quiet_libraries() -> None:
-    """The libraries' own progress bars and notes stand in the way of ours; their warnings and errors still come through."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _first_rank() -> bool:
