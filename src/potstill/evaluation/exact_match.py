@@ -11,7 +11,7 @@ from potstill.evaluation.scores import Scores, mean
 from potstill.evaluation.statistics import Estimate, proportion_of
 from potstill.models.causal_lm import CausalLM
 from potstill.rollouts.local import LocalGenerator
-from potstill.rollouts.writing import Prompt, Sampling
+from potstill.rollouts.writing import Completion, Prompt, Sampling
 
 EXACT_MATCH = "exact_match"
 
@@ -95,19 +95,27 @@ def generate_greedily(
 
     Prompts of like length share a batch. Padded vocabulary rows are never chosen.
     """
-    empty = [position for position, prompt in enumerate(prompts) if len(prompt) == 0]
+    greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+    asked = [Prompt(tuple(prompt), seed=0) for prompt in prompts]
+    found = write_all(model, asked, greedy, stop_tokens=stop_tokens, batch_size=batch_size, on_answers=on_answers)
+    return [(list(completion.tokens[: len(completion.tokens) - completion.ended]), completion.ended) for completion in found]
+
+
+def write_all(
+    model: CausalLM, prompts: Sequence[Prompt], sampling: Sampling, *, stop_tokens: frozenset[int], batch_size: int = 32,
+    on_answers: Callable[[int], None] | None = None,
+) -> list[Completion]:  # fmt: skip
+    """One completion a prompt, in their order, the same for any batch size."""
+    empty = [position for position, prompt in enumerate(prompts) if len(prompt.tokens) == 0]
     if empty:
         raise DataError(f"prompt {empty[0]} is empty; a model needs at least one token to continue")
     generator = LocalGenerator(model, stop_ids=sorted(stop_tokens), pad_token=0)
-    greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
-    written: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
+    written: dict[int, Completion] = {}
     # Longest first: what is going to fail for want of memory fails at once.
-    order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
+    order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position].tokens))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        completions = generator.generate([Prompt(tuple(prompts[position]), seed=0) for position in chosen], greedy)
-        for position, completion in zip(chosen, completions, strict=True):
-            written[position] = (list(completion.tokens[: len(completion.tokens) - completion.ended]), completion.ended)
+        written.update(zip(chosen, generator.generate([prompts[position] for position in chosen], sampling), strict=True))
         if on_answers is not None:
             on_answers(len(chosen))
-    return written
+    return [written[position] for position in range(len(prompts))]

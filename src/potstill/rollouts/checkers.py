@@ -143,6 +143,11 @@ def make_checker(name: str, key: str) -> Checker:
     return _guarded(load_function(name, key=key, arguments=("answer", "reference", "row")), key)
 
 
+def fingerprint(checker: Checker) -> str:
+    """What tells a checker from another of its name: a digest of the file that a function of the user's stands in, else nothing."""
+    return getattr(checker, "fingerprint", "")
+
+
 def _guarded(function: NamedFunction, key: str) -> Checker:
     """What a function of the user's says, if it is a truth value. A mistake in it ends the filtering, and drops no answer silently."""
     def check(answer: str, reference: str, row: Mapping[str, Any]) -> bool:
@@ -155,4 +160,5 @@ def _guarded(function: NamedFunction, key: str) -> Checker:
             raise ConfigError(f"{where} gave {said!r:.80}; it must return True or False")
         return bool(said)
 
+    check.fingerprint = function.fingerprint  # type: ignore[attr-defined]
     return check
