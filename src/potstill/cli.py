@@ -218,9 +218,10 @@ def evaluate(
     )
     _quiet_libraries()
     from potstill.evaluation.evaluate import evaluate as measure
+    from potstill.recipes.checkpoints import with_students
     from potstill.reporting.terminal import print_evaluation
 
-    print_evaluation(measure(config, output=output, quiet=quiet).to_json())
+    print_evaluation(measure(with_students(config), output=output, quiet=quiet).to_json())
     if output is not None:
         sys.stdout.write(_safe(f"written to {output}\n"))
 
@@ -241,7 +242,7 @@ def report(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A finished run folder.", show_default=False)],
+    run: Annotated[str, typer.Argument(help="A finished run folder, or RUN/checkpoints/step-N of any run.", show_default=False)],
     output: Annotated[str, typer.Option(help="The folder to write: it gets student/ and adapter/.", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge/--no-merge", help="Put the adapter into the weights, or keep it apart.")] = True,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as trained.")] = None,
@@ -250,6 +251,13 @@ def export(
     from potstill.recipes.request import export_request
 
     config = export_request(run, dtype)
+    if config is None:
+        _quiet_libraries()
+        from potstill.recipes.checkpoints import export_checkpoint
+
+        for folder in export_checkpoint(Path(run), Path(output), merge=merge, dtype=dtype):
+            sys.stdout.write(_safe(f"written to {folder}\n"))
+        return
     _quiet_libraries()
     from potstill.recipes.exporting import export_run
 

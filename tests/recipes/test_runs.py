@@ -107,6 +107,35 @@ def test_finetune_with_lora_exports_adapter_and_merged_student_and_merges_again(
     assert "cannot be put on" in capsys.readouterr().err
 
 
+def test_checkpoints_are_measured_and_exported_as_the_students_that_they_were(place, capsys, monkeypatch):
+    """A checkpoint's student equals the run's own one at its last step, with an adapter too; before it is another."""
+    monkeypatch.chdir(place)
+    folder = place / "kept"
+    arguments = ("teacher=null", "objective=null", LORA, "training.save_steps=2", "training.keep_checkpoints=3", f"run.folder={folder}")
+    assert potstill("finetune", place / "r.yaml", "--quiet", *arguments) == 0
+    steps = [folder / "checkpoints" / f"step-0000000{step}" for step in (2, 4)]
+    for step in steps:
+        assert potstill("export", step, "--output", place / "exported" / step.name) == 0
+    half, whole = (AutoModelForCausalLM.from_pretrained(place / "exported" / step.name / "student").state_dict() for step in steps)
+    final = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+    assert all(torch.equal(weight, final[name]) for name, weight in whole.items())
+    assert not all(torch.equal(weight, final[name]) for name, weight in half.items())
+    assert (place / "exported" / steps[0].name / "adapter" / "adapter_model.safetensors").is_file()
+
+    record = place / "steps.json"
+    models = (f"half={steps[0]}", f"whole={steps[1]}", f"end={folder}")
+    assert potstill("evaluate", *models, "--data", place / "rows.jsonl", "--output", record, "--quiet") == 0
+    values = {model["name"]: model["metrics"]["rows/cross_entropy"]["value"] for model in json.loads(record.read_text())["models"]}
+    assert values["whole"] == values["end"] != values["half"]
+    assert (folder / "evaluation" / steps[0].name / "student").is_dir()
+
+    weights = next(steps[0].glob("weights-*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4])
+    capsys.readouterr()
+    assert potstill("export", steps[0], "--output", place / "torn") == 2
+    assert "this checkpoint is torn (weights-00000.safetensors" in capsys.readouterr().err
+
+
 def test_the_distance_to_the_teacher_falls_and_evaluate_sees_it(place, capsys):
     folder = place / "pure"
     arguments = ("objective.kd_ratio=1", "training.steps=12", "training.learning_rate=5e-3", f"run.folder={folder}")
@@ -115,12 +144,12 @@ def test_the_distance_to_the_teacher_falls_and_evaluate_sees_it(place, capsys):
     for model in (place / "student", folder):
         record = place / "record.json"
         assert potstill("evaluate", model, "--data", place / "rows.jsonl", "--teacher", place / "teacher", "--output", record) == 0
-        found.append(json.loads(record.read_text())["models"][0]["metrics"])
+        metrics = json.loads(record.read_text())["models"][0]["metrics"]
+        found.append({name.removeprefix("rows/"): metric for name, metric in metrics.items()})
     assert found[1]["forward_kl"]["value"] < 0.9 * found[0]["forward_kl"]["value"]
     assert found[1]["forward_kl"]["standard_error"] > 0
-    assert {"perplexity", "bits_per_byte", "reverse_kl", "jsd", "total_variation", "acceptance_rate", "entropy_gap"} <= set(
-        found[1]
-    )
+    expected = {"perplexity", "bits_per_byte", "reverse_kl", "jsd", "total_variation", "acceptance_rate", "entropy_gap"}
+    assert expected <= set(found[1])
 
 
 def test_bad_lines_that_may_be_left_out_are_kept_beside_the_run(place, capsys):

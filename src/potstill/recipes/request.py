@@ -8,6 +8,7 @@ from typing import Any
 from potstill.errors import RunFolderError, UsageError
 from potstill.evaluation.config import EvaluationConfig, refuse_output
 from potstill.evaluation.task_config import TextTaskConfig
+from potstill.evaluation.writing_config import WritingTaskConfig
 from potstill.models.config import LoadingConfig
 from potstill.recipes.mistakes import build, show
 from potstill.recipes.precheck import check_data, check_model
@@ -15,6 +16,7 @@ from potstill.recipes.read import apply_override, read_text, recipe_from_values
 from potstill.recipes.schema import Recipe
 from potstill.recipes.text import Document, parse
 from potstill.run_folder import RECIPE, RunFolder
+from potstill.storage import MANIFEST
 
 _OF_THE_BASE = {"path", "revision", "quantization", "attention", "trust_remote_code", "eos_token", "chat_template"}
 
@@ -35,6 +37,11 @@ def model_values(name: str) -> dict[str, Any]:
             raise UsageError(f"{name}: its adapter_config.json names no base model; name the base model and say --set model.adapter={name}")
         return {"path": base, "adapter": name}
     return {"path": name}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is RUN/checkpoints/step-N of a run: trained weights that are no model by themselves."""
+    return path.name.startswith("step-") and (path / MANIFEST).is_file() and (path.absolute().parent.parent / RECIPE).is_file()
 
 
 def evaluation_request(
@@ -69,11 +76,12 @@ def evaluation_request(
     refuse_output(output)
     for name, seeds in config.models.items():
         for place, model in enumerate(seeds):
-            check_model(f"models.{name}[{place}]" if len(named) != 1 or len(seeds) > 1 else "model", model)
-    if config.teacher is not None:
+            if not is_checkpoint(Path(model.path).expanduser()):
+                check_model(f"models.{name}[{place}]" if len(named) != 1 or len(seeds) > 1 else "model", model)
+    if config.teacher is not None and not is_checkpoint(Path(config.teacher.path).expanduser()):
         check_model("teacher", config.teacher)
     for task in config.tasks:
-        if isinstance(task, TextTaskConfig):
+        if isinstance(task, (TextTaskConfig, WritingTaskConfig)):
             check_data(task.data)
     return config, output if output is not None else _own_place(models, config, teacher)
 
@@ -150,13 +158,21 @@ def _own_place(models: Sequence[str], config: EvaluationConfig, teacher: str | N
     return str(Path(models[0]).expanduser() / "evaluation" / f"{'-'.join(parts)}.json")
 
 
-def export_request(run: str, dtype: str | None) -> LoadingConfig:
-    """How the student of a finished run is loaded to be written once more. Raises RunFolderError or UsageError."""
-    folder = RunFolder.read(run)
-    if folder.status != "finished":
-        raise RunFolderError(f"{run}: this run is not finished; the command that began it goes on from where it was")
+def export_request(run: str, dtype: str | None) -> LoadingConfig | None:
+    """How the student of a finished run is loaded to be written once more; None for a checkpoint, which is no model by itself.
+
+    Raises RunFolderError or UsageError.
+    """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype}: must be float32, bfloat16 or float16")
+    if is_checkpoint(Path(run).expanduser()):
+        return None
+    folder = RunFolder.read(run)
+    if folder.status != "finished":
+        raise RunFolderError(
+            f"{run}: this run is not finished; the command that began it goes on from where it was, and {run}/checkpoints/step-N is "
+            "exported as it is"
+        )
     recipe: Recipe = recipe_from_values(folder.read_recipe(), f"{run}/{RECIPE}")
     student = recipe.student
     values: dict[str, Any] = {"path": str(folder.student), "dtype": dtype}
