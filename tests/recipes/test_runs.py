@@ -136,7 +136,8 @@ def test_checkpoints_are_measured_and_exported_as_the_students_that_they_were(pl
     assert "this checkpoint is torn (weights-00000.safetensors" in capsys.readouterr().err
 
 
-def test_the_distance_to_the_teacher_falls_and_evaluate_sees_it(place, capsys):
+def test_the_distance_to_the_teacher_falls_and_evaluate_sees_it(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
     folder = place / "pure"
     arguments = ("objective.kd_ratio=1", "training.steps=12", "training.learning_rate=5e-3", f"run.folder={folder}")
     assert potstill("distill", place / "r.yaml", "--quiet", *arguments) == 0
