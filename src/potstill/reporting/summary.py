@@ -9,6 +9,7 @@ from typing import Any
 from potstill.errors import RunFolderError
 from potstill.recipe_changes import flatten
 from potstill.reporting.records import read_evaluations, read_record
+from potstill.reporting.study import Study, read_study
 from potstill.reporting.torn import json_lines, json_object, yaml_object
 from potstill.run_folder import ENVIRONMENT, METRICS, RECIPE, SUMMARY, RunFolder
 
@@ -18,13 +19,16 @@ LABELS = {
     "loss/ce": "cross-entropy (nats per target)",
     "loss/kd": "divergence from the teacher (nats per target)",
     "loss": "loss (nats per target)",
+    "top1_agreement": "top-1 agreement with the teacher",
+    "student_entropy": "entropy of the student (nats)",
+    "teacher_entropy": "entropy of the teacher (nats)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm before clipping",
     "tokens_per_second": "tokens per second",
     "peak_gib": "peak memory (GiB)",
 }
 # Logged beside the curves and no curve of their own.
-_NOT_CURVES = frozenset({"step", "epoch", "target_tokens", "non_finite_steps", "eval_seconds"})
+_NOT_CURVES = frozenset({"step", "epoch", "target_tokens", "non_finite_steps", "eval_seconds", "seconds_per_step"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Curve:
 class RunSummary:
     """What one run folder says. `curves` by logged name; `recipe` flattened to `a.b` keys; `finished` is the run's own summary.
 
-    `evaluations` have the shape that `records.normalise` gives. `is_run` is false for a folder that only holds evaluations or runs.
+    `evaluations` have the shape that `records.normalise` gives. `is_run` is false for a folder that only holds evaluations or runs,
+    which may be those of a `study`.
     """
 
     name: str
@@ -66,6 +71,7 @@ class RunSummary:
     finished: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     is_run: bool = True
+    study: Study | None = None
 
 
 def summarise_all(paths: Sequence[Path | str]) -> list[RunSummary]:
@@ -95,9 +101,11 @@ def _summaries(path: Path) -> list[RunSummary]:
         records = {} if record is None else {path.stem: record}
         return [_no_run(path.stem, path, records, warnings)] if records else []
     runs = sorted(entry.parent for depth in range(1, 5) for entry in path.glob("*/" * depth + RECIPE) if _is_shown(entry, path))
-    evaluations, warnings = read_evaluations(path)
-    own = [_no_run(path.absolute().name, path, evaluations, warnings)] if evaluations or warnings else []
-    return own + [summarise(run, name=run.relative_to(path).as_posix()) for run in runs]
+    study, warnings = read_study(path)
+    evaluations, unread = read_evaluations(path)
+    warnings = [*warnings, *unread, *(study.warnings if study is not None else ())]
+    own = [_no_run(path.absolute().name, path, evaluations, warnings, study)] if evaluations or warnings or study is not None else []
+    return own + [summarise(run, name=run.relative_to(path).as_posix().removeprefix("runs/")) for run in runs]
 
 
 def _is_shown(recipe: Path, folder: Path) -> bool:
@@ -105,10 +113,11 @@ def _is_shown(recipe: Path, folder: Path) -> bool:
     return not any(part.startswith(".") or part in ("checkpoints", "student", "adapter") for part in recipe.relative_to(folder).parts)
 
 
-def _no_run(name: str, path: Path, evaluations: Mapping[str, Mapping[str, Any]], warnings: Sequence[str]) -> RunSummary:
-    return RunSummary(
-        name, path, "", {}, {}, evaluations, warnings=[*warnings, *_evaluation_warnings(evaluations)], is_run=False
-    )  # fmt: skip
+def _no_run(
+    name: str, path: Path, evaluations: Mapping[str, Mapping[str, Any]], warnings: Sequence[str], study: Study | None = None
+) -> RunSummary:
+    warnings = [*warnings, *_evaluation_warnings(evaluations)]
+    return RunSummary(name, path, "", {}, {}, evaluations, warnings=warnings, is_run=False, study=study)
 
 
 def summarise(path: Path | str, *, name: str | None = None) -> RunSummary:
