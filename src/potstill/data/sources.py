@@ -160,7 +160,7 @@ def _read_hub(item: MixtureItem) -> list[dict[str, Any]]:
     from datasets.exceptions import DatasetsError
 
     try:
-        with _cache_alone_without_network():
+        with cache_alone_without_network():
             data = datasets.load_dataset(item.path, name=item.subset, split=item.split)
     except (OSError, ValueError, DatasetsError) as error:
         first = (str(error).splitlines() or [""])[0]
@@ -171,7 +171,7 @@ def _read_hub(item: MixtureItem) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _cache_alone_without_network() -> Iterator[None]:
+def cache_alone_without_network() -> Iterator[None]:
     """Where the hub cannot be reached its client would try five times, with half a minute of waiting; the cache is asked at once."""
     from datasets import config
     from huggingface_hub import constants

@@ -24,6 +24,41 @@ def _text(config) -> Task:
     return TextTask(config)
 
 
+def _harness(config) -> Task:
+    from potstill.evaluation.harness.task import HarnessTask
+
+    return HarnessTask(config)
+
+
+def _questions(config) -> Task:
+    from potstill.evaluation.questions_task import QuestionsTask
+
+    return QuestionsTask(config)
+
+
+def _own_text(config) -> Task:
+    from potstill.evaluation.own_text_task import OwnTextTask
+
+    return OwnTextTask(config)
+
+
+def _speculation(config) -> Task:
+    from potstill.evaluation.speculation_task import SpeculationTask
+
+    return SpeculationTask(config)
+
+
+def _samples(config) -> Task:
+    from potstill.evaluation.samples_task import SamplesTask
+
+    return SamplesTask(config)
+
+
 _MAKERS: dict[str, Callable[..., Task]] = {
     "text": _text,
+    "own_text": _own_text,
+    "speculation": _speculation,
+    "questions": _questions,
+    "samples": _samples,
+    "harness": _harness,
 }
