@@ -39,7 +39,7 @@ def unbroken(tmp_path_factory):
 
 
 def _log(folder: RunFolder) -> list[dict]:
-    clocks = ("tokens_per_second", "peak_gib", "rollouts/seconds", "eval_seconds")
+    clocks = ("tokens_per_second", "seconds_per_step", "peak_gib", "rollouts/seconds", "eval_seconds")
     return [{key: value for key, value in line.items() if key not in clocks} for line in folder.read_metrics()]
 
 

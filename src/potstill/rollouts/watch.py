@@ -81,6 +81,20 @@ class Tally:
 assert all(entry.type in ("float", float) for entry in fields(Tally))
 
 
+def signs(config: WatchConfig, first: Mapping[str, float], means: Mapping[str, float]) -> dict[str, str]:
+    """The signs of a collapse that `means` show, each in words; `first` is what the first line of the log said."""
+    found = {
+        "length": (means["length"] < config.min_length * first["length"],
+                   f"answers have {means['length']:.1f} tokens on average, and had {first['length']:.1f} at the start"),
+        "entropy": (means["entropy"] < config.min_entropy * first["entropy"],
+                    f"the entropy of its text is {means['entropy']:.3f} nats a token, and was {first['entropy']:.3f} at the start"),
+        "repeated": (0 < config.max_repeated < means["repeated"],
+                     f"{means['repeated']:.0%} of the 4-grams of its answers have stood in them before"),
+        "cut": (0 < config.max_cut < means["cut"], f"{means['cut']:.0%} of its answers are cut at max_new_tokens"),
+    }  # fmt: skip
+    return {name: words for name, (seen, words) in found.items() if seen}
+
+
 class Watch:
     """Warns once of each sign of a collapse; what is measured against is the first line of the log. That line is state."""
 
@@ -93,23 +107,14 @@ class Watch:
         """The names of the signs that are seen for the first time. Where `say` is false (ranks but the first) nothing is printed."""
         if self._first is None:
             self._first = {name: float(means[name]) for name in ("length", "entropy")}
-        config, first = self._config, self._first
-        signs = {
-            "length": (means["length"] < config.min_length * first["length"],
-                       f"answers have {means['length']:.1f} tokens on average, and had {first['length']:.1f} at the start"),
-            "entropy": (means["entropy"] < config.min_entropy * first["entropy"],
-                        f"the entropy of its text is {means['entropy']:.3f} nats a token, and was {first['entropy']:.3f} at the start"),
-            "repeated": (0 < config.max_repeated < means["repeated"],
-                         f"{means['repeated']:.0%} of the 4-grams of its answers have stood in them before"),
-            "cut": (0 < config.max_cut < means["cut"], f"{means['cut']:.0%} of its answers are cut at max_new_tokens"),
-        }  # fmt: skip
-        found = [name for name, (seen, _) in signs.items() if seen and name not in self._warned]
+        seen = signs(self._config, self._first, means)
+        found = [name for name in seen if name not in self._warned]
         self._warned.update(found)
         for name in found if say else ():
             key = f"{'max' if name in ('repeated', 'cut') else 'min'}_{name}"
             _log.warning(
                 "the student's text may be collapsing: %s. See rollouts.jsonl; lower training.learning_rate, begin with a student that "
-                "answers already, or mix in other text (rollouts.author). rollouts.watch.%s sets when this is said", signs[name][1], key,
+                "answers already, or mix in other text (rollouts.author). rollouts.watch.%s sets when this is said", seen[name], key,
             )  # fmt: skip
         return found
 

@@ -26,6 +26,7 @@ class Parts:
 
     losses: list[float]
     tokens_per_second: float
+    seconds_per_step: float
     streams: dict[str, tuple[float, int]]
     """By stream: the sum of its mean losses, and the steps that had it."""
 
@@ -49,6 +50,8 @@ class Measures:
     _streams: dict[str, Tensor | float] = field(default_factory=dict)
     _streams_of_line: dict[str, tuple[Tensor | float, int]] = field(default_factory=dict)
     _steps: int = 0
+    _ended: int = 0
+    """Steps since the last line, with those that were refused."""
     _tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
 
@@ -81,6 +84,7 @@ class Measures:
             self._streams_of_line[stream] = (former + total, steps + 1)
         self._step, self._streams = [], {}
         self._tokens += self.window_tokens
+        self._ended += 1
 
     def pause(self, seconds: float) -> None:
         """Time that training did not have, such as an evaluation's."""
@@ -90,6 +94,7 @@ class Measures:
         seconds = max(time.monotonic() - self._since, 1e-9)
         losses = [float(value) / self._steps for value in self._line] if self._line else [float("nan")] * 3
         streams = {stream: (float(total), steps) for stream, (total, steps) in sorted(self._streams_of_line.items())}
-        parts = Parts(losses, self._tokens / seconds, streams)
-        self._line, self._streams_of_line, self._steps, self._tokens, self._since = [], {}, 0, 0, time.monotonic()
+        parts = Parts(losses, self._tokens / seconds, seconds / max(self._ended, 1), streams)
+        self._line, self._streams_of_line, self._since = [], {}, time.monotonic()
+        self._steps = self._ended = self._tokens = 0
         return parts

@@ -313,8 +313,8 @@ class DistillationTrainer(Trainer):
             logs |= {"loss": total, "loss/ce": cross_entropy, "grad_norm": self.grad_norm}
             if self.teacher is not None:
                 logs["loss/kd"] = divergence
-            logs |= {"tokens_per_second": parts.tokens_per_second, "target_tokens": float(self.progress.targets)}
-            logs["peak_gib"] = self.ranks.largest([peak_gib(self.args.device)])[0]
+            logs |= {"tokens_per_second": parts.tokens_per_second, "seconds_per_step": parts.seconds_per_step}
+            logs |= {"target_tokens": float(self.progress.targets), "peak_gib": self.ranks.largest([peak_gib(self.args.device)])[0]}
             logs |= {} if self.feed.author is None and self.feed.beside is None else parts.by_stream(self.ranks)
             if self.feed.author is not None:
                 logs |= dict(self.feed.author.metrics())
