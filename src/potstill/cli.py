@@ -241,6 +241,17 @@ def report(
 
 
 @app.command()
+def watch(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or a folder that holds runs, such as a study's.", show_default=False)],
+    once: Annotated[bool, typer.Option("--once", help="Print how things stand now, and leave.")] = False,
+) -> None:
+    """Shows runs while they go on: losses, speed, time left, the last validation, the last text that a model wrote. Ctrl-C leaves."""
+    from potstill.reporting.watch import watch as look_on
+
+    look_on(runs, once=once)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A finished run folder, or RUN/checkpoints/step-N of any run.", show_default=False)],
     output: Annotated[str, typer.Option(help="The folder to write: it gets student/ and adapter/.", show_default=False)],
