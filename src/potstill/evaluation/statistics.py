@@ -184,6 +184,13 @@ def student_t_quantile(probability: float, degrees: int) -> float:
     return float(np.sign(probability - 0.5) * np.sqrt(degrees) * np.tan(angle))
 
 
+def student_t_tail(value: float, degrees: int) -> float:
+    """The two-sided p-value of `value` in standard errors, for the same degrees of freedom as `student_t_quantile`; never below 1e-9."""
+    degrees = min(max(degrees, 1), 10_000)
+    angles, mass = _student_t(degrees)
+    return float(np.clip(1 - np.interp(np.arctan(abs(value) / np.sqrt(degrees)), angles, mass), 1e-9, 1.0))
+
+
 @lru_cache
 def _student_t(degrees: int) -> tuple[np.ndarray, np.ndarray]:
     """Student's t folded at 0, as a table: with t = sqrt(degrees) * tan(angle) its density is cos(angle) ** (degrees - 1)."""
