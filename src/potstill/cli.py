@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 from potstill.cli_judge import judge
+from potstill.cli_study import studies_app, study
 from potstill.environment import quiet_libraries as _quiet_libraries
 from potstill.environment import redact_text
 from potstill.errors import PotstillError
+from potstill.interruption import follow_leash
 
 app = typer.Typer(
     name="potstill", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -21,6 +23,7 @@ app = typer.Typer(
 )  # fmt: skip
 recipes_app = typer.Typer(help="Lists the recipes of the library; `show NAME` prints one.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(studies_app, name="studies")
 cache_app = typer.Typer(help="Looks at caches of recorded answers, verifies them and puts them together.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
@@ -174,17 +177,9 @@ def recipes(context: typer.Context) -> None:
     """Lists the recipes of the library; `show NAME` prints one."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
-    from rich.table import Table
+    from potstill.recipes.read import library, print_library
 
-    from potstill.recipes.read import library, summary_line
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does", overflow="fold")
-    for name, text in library().items():
-        table.add_row(name, summary_line(text))
-    Console().print(table, markup=False)
+    print_library("recipe", "what it does", library())
 
 
 @recipes_app.command("show")
@@ -227,6 +222,7 @@ def evaluate(
 
 
 app.command()(judge)
+app.command()(study)
 
 
 @app.command()
@@ -272,7 +268,7 @@ def export(
     _quiet_libraries()
     from potstill.recipes.exporting import export_run
 
-    for folder in export_run(config, Path(output), merge=merge):
+    for folder in export_run(config, Path(output), merge=merge, run=Path(run)):
         sys.stdout.write(_safe(f"written to {folder}\n"))
 
 
@@ -350,4 +346,5 @@ def main(arguments: list[str] | None = None) -> None:
         log.addHandler(handler)
         log.setLevel(logging.WARNING if _first_rank() else logging.ERROR)
         log.propagate = False
+    follow_leash()
     sys.exit(_run(arguments))

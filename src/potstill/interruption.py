@@ -11,6 +11,21 @@ import time
 from types import FrameType
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
+LEASH = "POTSTILL_LEASH"
+"""Set to 1 for a process that leaves when its standard input ends, which is when whoever started it is gone."""
+
+
+def follow_leash() -> None:
+    """Where LEASH is set, asks this process to leave (SIGTERM) as soon as its standard input ends. Its own children are not held."""
+    if os.environ.pop(LEASH, "") != "1":
+        return
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="leash", daemon=True).start()
 
 
 class SignalWatch:

@@ -83,15 +83,19 @@ def apply_override(document: Document, override: str) -> None:
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         raise ConfigError(f"{override}: an override is written section.key=value, as in training.learning_rate=1e-4")
-    keys, source = match[1].split("."), "command line"
-    value = parse_value(match[2], source)
+    set_key(document, match[1], parse_value(match[2], "command line"), "command line")
+
+
+def set_key(document: Document, key: str, value: Document, source: str) -> None:
+    """Sets the dotted `key` of `document` to what `value` holds, which keeps its own places. Raises ConfigError beginning with `source`."""
+    keys = key.split(".")
     holder: Any = document.values
     path: Path = ()
-    for key in keys[:-1]:
-        place: Any = _index(holder, key, path, source)
+    for part in keys[:-1]:
+        place: Any = _index(holder, part, path, source)
         path = (*path, place)
-        if isinstance(holder, dict) and holder.get(key) is None:
-            holder[key] = {}
+        if isinstance(holder, dict) and holder.get(part) is None:
+            holder[part] = {}
             document.places[path] = source
         holder = holder[place]
         if not isinstance(holder, dict | list):
@@ -102,7 +106,7 @@ def apply_override(document: Document, override: str) -> None:
     for known in [known for known in (*document.places, *document.plain) if known[: len(path)] == path]:
         document.places.pop(known, None)
         document.plain.pop(known, None)
-    document.places |= {path + inner: source for inner in {(), *value.places}}
+    document.places |= {path: source} | {path + inner: place for inner, place in value.places.items()}
     document.plain |= {path + inner: text for inner, text in value.plain.items()}
 
 
@@ -135,3 +139,16 @@ def summary_line(text: str) -> str:
     """The comment that a recipe of the library opens with."""
     lines = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#")]
     return lines[0] if lines else ""
+
+
+def print_library(kind: str, says: str, texts: Mapping[str, str]) -> None:
+    """The names of a library, each with the comment that its file opens with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(kind, no_wrap=True)
+    table.add_column(says, overflow="fold")
+    for name, text in texts.items():
+        table.add_row(name, summary_line(text))
+    Console().print(table, markup=False)
