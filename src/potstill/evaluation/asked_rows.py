@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill import storage
 from potstill.data.answer_columns import Question
-from potstill.data.asking import Asked, ask
+from potstill.data.asking import ask
 from potstill.errors import DataError, ModelError
 from potstill.evaluation.exact_match import stop_tokens, write_all
+from potstill.evaluation.items import item_names
 from potstill.evaluation.task import Advance, Subject
 from potstill.evaluation.writing_config import WritingTaskConfig
 from potstill.models.config import LoadingConfig
@@ -26,7 +27,7 @@ from potstill.rollouts.writing import Prompt, seed_of
 
 @dataclass(frozen=True)
 class AskedRow:
-    """One row: `name` is its number in its file, with the source's before it where there are several. `numbers` seed its answers.
+    """One row by its file and line. `numbers`, its source and its number there, seed its answers.
 
     `reference` is its own answer, `reference_tokens` how many tokens that has for this model.
     """
@@ -126,7 +127,10 @@ def read_rows(config: WritingTaskConfig, model: LoadingConfig, *, prompt_tokens:
     ends |= {*asked.ends()}
     if not ends:
         raise ModelError(f"{model.path}: neither its tokenizer nor its configuration names a token that ends an answer; set eos_token")
-    found = [_row(question, place, asked, tokenizer, prompt_tokens) for place, question in zip(asked.sources, asked.questions, strict=True)]
+    names = item_names([question.row.origin for question in asked.questions])
+    # A weighted mixture may hold a row several times; it is one question.
+    once = dict(zip(names, zip(asked.questions, asked.sources, strict=True), strict=True))
+    found = [_row(name, question, place, tokenizer, prompt_tokens) for name, (question, place) in once.items()]
     rows = [row for row in found if row is not None]
     if not rows:
         raise DataError(f"0 of {asked.rows} rows can be asked; look at data.format, data.columns and prompt_tokens")
@@ -136,7 +140,7 @@ def read_rows(config: WritingTaskConfig, model: LoadingConfig, *, prompt_tokens:
 
 
 def _row(
-    question: Question, source: int, asked: Asked, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None
+    name: str, question: Question, source: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None
 ) -> AskedRow | None:
     tokens, reference, number = tuple(question.tokens), question.reference, question.row.number
     if question.reading.format == "text" and prompt_tokens is not None:
@@ -146,7 +150,6 @@ def _row(
         reference, count = _text(tokenizer, rest), len(rest)
     else:
         count = len(tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"])
-    name = str(number) if len({*asked.sources}) < 2 else f"{source + 1}:{number}"
     return AskedRow(name, (source, number), _text(tokenizer, tokens, special=True), tokens, reference, count, question.row.values)
 
 
@@ -158,7 +161,7 @@ def _fitting(config: WritingTaskConfig, rows: Sequence[AskedRow], context: int |
         whose = "the model's context" if context is not None and context < config.data.max_tokens else "data.max_tokens"
         raise DataError(
             f"{len(rows) - len(fitting)} of {len(rows)} prompts leave no room for max_new_tokens = {config.max_new_tokens} within "
-            f"{whose} = {limit}; the longest has {len(longest.tokens)} tokens (row {longest.name}). Lower max_new_tokens, raise "
+            f"{whose} = {limit}; the longest has {len(longest.tokens)} tokens ({longest.name}). Lower max_new_tokens, raise "
             "data.max_tokens where that is the limit, or set data.too_long: drop to leave them out"
         )
     return fitting

@@ -17,7 +17,7 @@ class QuestionsTaskConfig(WritingTaskConfig):
     """Says whether an answer is right: exact, contains, numeric, choice, math, or FILE.py:NAME of a function of yours:
     (answer, reference, row) -> bool. The reference is the row's own answer."""
     pass_at: list[Positive] = Field(default=[])
-    """For which k to estimate pass@k, at most `samples`; by default 1 and `samples` where there are several."""
+    """For which k to estimate pass@k, at most `samples`; by default `samples` alone, where there are several."""
 
     def default_name(self) -> str:
         return f"{name_of(self.data.sources[0].path)}-questions"

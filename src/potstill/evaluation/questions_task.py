@@ -42,7 +42,7 @@ class QuestionsTask(Task):
         if without and self.config.checker in CHECKERS:
             raise DataError(
                 f"{self._key}: {self.config.checker} compares with the own answer of a row, and {len(without):,} of {len(asked.rows):,} "
-                f"rows have none, the first is row {without[0]}; leave these rows out, or name a function of yours"
+                f"rows have none, the first is {without[0]}; leave these rows out, or name a function of yours"
             )
         return QuestionsExam(self.config, asked, self._checker, tuple(self._tried(asked)))
 
@@ -53,7 +53,7 @@ class QuestionsTask(Task):
         if names not in self._warnings:
             wrong = [row.name for row in first if row.reference.strip() and not self._checker(row.reference, row.reference, row.values)]
             self._warnings[names] = [
-                f"the checker calls the own answer of {len(wrong)} of {len(first)} rows wrong, the first is row {wrong[0]}"
+                f"the checker calls the own answer of {len(wrong)} of {len(first)} rows wrong, the first is {wrong[0]}"
             ] if wrong else []  # fmt: skip
         return self._warnings[names]
 

@@ -130,6 +130,11 @@ class Scores:
         right, asked = (self.column(column) for column in formula.columns)
         return bool(np.all(asked == 1) and np.all((right == 0) | (right == 1)))
 
+    def is_measured(self, name: str) -> bool:
+        """Whether a metric is a number, and would be one without any single item: what comparing it takes."""
+        statistic, totals = self.metrics[name].formula.statistic(self.columns), self.totals.sum(axis=0)
+        return bool(np.isfinite(statistic(totals)) and np.isfinite(statistic(totals - self.totals)).all())
+
     def estimate(self, name: str) -> Estimate:
         """One metric with its standard error, items being the clusters."""
         return estimate_over_seeds(name, [self])
