@@ -5,7 +5,7 @@ functions, in float32, on the tokenizer's vocabulary (padded columns are cropped
 in float64, because the tokens of one document are not independent. Knows nothing of files and formats.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -110,17 +110,8 @@ def _measure_batch(
     responses, owner = batch.target_responses().unique(return_inverse=True)
     documents = _documents(batch, responses)
     buckets = None if by_position is None else by_position.buckets(batch, documents, owner)
-    student_rows, student_head = student(batch)
-    teacher_rows, teacher_head = (None, None) if teacher is None else teacher(batch.to(teacher.device))
-    vocabulary_size = student.vocabulary_size if teacher is None else min(student.vocabulary_size, teacher.vocabulary_size)
-    step = chunk_rows or max(16, CHUNK_BYTES // (4 * _TENSORS_ALIVE * vocabulary_size))
     sums = torch.zeros(responses.shape[0], NUM_COLUMNS, dtype=torch.float64)
-    for start in range(0, targets.shape[0], step):
-        part = slice(start, start + step)
-        student_log_probs = log_probs(student_head, student_rows[part], vocabulary_size)
-        teacher_log_probs = None
-        if teacher_rows is not None and teacher_head is not None:
-            teacher_log_probs = log_probs(teacher_head, teacher_rows[part], vocabulary_size).to(student_log_probs.device)
+    for part, student_log_probs, teacher_log_probs in side_by_side(student, batch, teacher, chunk_rows):
         measured = measure_rows(student_log_probs, teacher_log_probs, targets[part])
         # Float64 stays on the processor: some accelerators have none.
         sums.index_add_(0, owner[part].cpu(), measured.cpu().double())
@@ -129,6 +120,24 @@ def _measure_batch(
     if bytes_of is not None:
         sums[:, COLUMN["bytes"]].index_add_(0, owner.cpu(), bytes_of[targets.cpu()].double())
     return documents, sums.numpy()
+
+
+def side_by_side(
+    student: CausalLM, batch: Batch, teacher: CausalLM | None, chunk_rows: int | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The target rows of a batch a chunk at a time: which, and what student and teacher think of each, log-probabilities [n, V] of the
+    tokens that both know."""
+    student_rows, student_head = student(batch)
+    teacher_rows, teacher_head = (None, None) if teacher is None else teacher(batch.to(teacher.device))
+    vocabulary_size = student.vocabulary_size if teacher is None else min(student.vocabulary_size, teacher.vocabulary_size)
+    step = chunk_rows or max(16, CHUNK_BYTES // (4 * _TENSORS_ALIVE * vocabulary_size))
+    for start in range(0, student_rows.shape[0], step):
+        part = slice(start, start + step)
+        student_log_probs = log_probs(student_head, student_rows[part], vocabulary_size)
+        teacher_log_probs = None
+        if teacher_rows is not None and teacher_head is not None:
+            teacher_log_probs = log_probs(teacher_head, teacher_rows[part], vocabulary_size).to(student_log_probs.device)
+        yield part, student_log_probs, teacher_log_probs
 
 
 def log_probs(head: Head, rows: Tensor, vocabulary_size: int) -> Tensor:

@@ -8,6 +8,10 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from potstill.config import Config
 from potstill.errors import UsageError
 from potstill.evaluation.harness_config import HarnessTaskConfig
+from potstill.evaluation.own_text_config import OwnTextTaskConfig
+from potstill.evaluation.questions_config import QuestionsTaskConfig
+from potstill.evaluation.samples_config import SamplesTaskConfig
+from potstill.evaluation.speculation_config import SpeculationTaskConfig
 from potstill.evaluation.task_config import TextTaskConfig
 from potstill.models.config import LoadingConfig
 
@@ -22,7 +26,11 @@ def _kind(task: Any) -> str | None:
 
 AnyTask = Annotated[
     Annotated[TextTaskConfig, Tag("text")]
-    | Annotated[HarnessTaskConfig, Tag("harness")],
+    | Annotated[QuestionsTaskConfig, Tag("questions")]
+    | Annotated[SamplesTaskConfig, Tag("samples")]
+    | Annotated[HarnessTaskConfig, Tag("harness")]
+    | Annotated[OwnTextTaskConfig, Tag("own_text")]
+    | Annotated[SpeculationTaskConfig, Tag("speculation")],
     Discriminator(_kind),
 ]  # fmt: skip
 
@@ -33,7 +41,8 @@ class MeasuringConfig(Config):
     tasks: Annotated[list[AnyTask], Field(min_length=1)]
     """What is measured; each kind of task has its own keys."""
     teacher: LoadingConfig | None = None
-    """The model that students are compared with; it must have the same tokenizer. It is a row of the table too."""
+    """The model that students are compared with. It is a row of the table too. Distances to it need the same tokenizer: a text is measured
+    without them where it has another, and what cannot do without them refuses it."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Sequences that pass through the models at once."""
     precision: Literal["bf16", "float32"] | None = None
@@ -54,6 +63,9 @@ class EvaluationConfig(MeasuringConfig):
     """The models by the name that they have in the table; several under one name are the same training with other seeds."""
     baseline: str | None = None
     """The model that every other one is compared with; by default the first of several."""
+    against: dict[str, str] = Field(default_factory=dict)
+    """Which row each row is compared with, instead of one baseline for all: `{kd: sft, kd-fast: sft-fast}`. Rows not named are compared
+    with none."""
     before: str | None = None
     """The student as it was before training: what was gained and forgotten is measured from it."""
     store: str | None = "evaluations"
@@ -65,6 +77,17 @@ class EvaluationConfig(MeasuringConfig):
             name = getattr(self, key)
             if name is not None and name not in self.models:
                 raise ValueError(f"{key}: {name!r} is no model of the table, which holds {', '.join(self.models)}")
+        for name, other in self.against.items():
+            for row in (name, other):
+                if row not in self.models:
+                    raise ValueError(f"against: {row!r} is no model of the table, which holds {', '.join(self.models)}")
+            if name == other:
+                raise ValueError(f"against.{name}: a row cannot be compared with itself")
+        if self.against and self.baseline is not None:
+            raise ValueError("against: says what each row is compared with, and so does baseline for all; leave one of them out")
+        if self.teacher is None and (alone := [place for place, task in enumerate(self.tasks) if task.needs_teacher]):
+            task = self.tasks[alone[0]]
+            raise ValueError(f"tasks[{alone[0]}]: {task.kind} compares the student with a teacher; name one, or leave the task out")
         if empty := [name for name, seeds in self.models.items() if not seeds]:
             raise ValueError(f"models.{empty[0]}: names no model")
         if len({len(seeds) for seeds in self.models.values() if len(seeds) > 1}) > 1:

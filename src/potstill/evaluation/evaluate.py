@@ -105,6 +105,8 @@ def _prepare(config: EvaluationConfig, tasks: Sequence[Task], precision: Precisi
         for seed, model in enumerate(seeds):
             for task in tasks:
                 exam, beside = exams[row, seed, task.name], _beside(task, model, teacher)
+                if exam is None:
+                    continue
                 statement = {
                     "version": VERSION, "kind": task.kind, "model": digest(model), "teacher": None if beside is None else digest(beside),
                     "task": dict(exam.identity), "precision": [precision, model.dtype, model.attention],
@@ -201,15 +203,16 @@ def _record(config: EvaluationConfig, tasks: Sequence[Task], rows: _Rows, comput
 
 
 def _baseline(config: EvaluationConfig, students: Sequence[ModelRecord]) -> str | None:
-    return config.baseline or (students[0].name if len(students) > 1 else None)
+    return config.baseline or (students[0].name if len(students) > 1 and not config.against else None)
 
 
 def _pairs(config: EvaluationConfig, students: Sequence[ModelRecord]) -> list[tuple[ModelRecord, ModelRecord]]:
-    """Each student against the baseline, and against the student as it was before."""
+    """Each student against the baseline or the row of its own, and against the student as it was before."""
     by_name = {model.name: model for model in students}
     against = dict.fromkeys(name for name in (_baseline(config, students), config.before) if name is not None and name in by_name)
-    seen: set[frozenset[str]] = set()
-    pairs = []
+    own = [(first, second) for first, second in config.against.items() if first in by_name and second in by_name]
+    pairs = [(by_name[first], by_name[second]) for first, second in own]
+    seen = {frozenset(pair) for pair in own}
     for other in against:
         for model in students:
             pair = frozenset((model.name, other))

@@ -105,5 +105,8 @@ class Task(ABC):
     uses_teacher: bool = False
 
     @abstractmethod
-    def prepare(self, model: LoadingConfig, teacher: LoadingConfig | None) -> Exam:
-        """Raises UsageError and its kinds for what cannot be measured. `teacher` is None where there is none, or the model is it."""
+    def prepare(self, model: LoadingConfig, teacher: LoadingConfig | None) -> Exam | None:
+        """Raises UsageError and its kinds for what cannot be measured. `teacher` is None where there is none, or the model is it.
+
+        None where this model has nothing to sit: the teacher, in a task that compares with it and measures nothing else.
+        """

@@ -1,7 +1,7 @@
 """What every kind of task says, and what the task on a text says. Free of torch and transformers."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,9 @@ Role = Literal["target", "off_target"]
 
 class TaskConfig(Config):
     """What every kind of task says."""
+
+    needs_teacher: ClassVar[bool] = False
+    """Without a teacher it cannot be measured at all."""
 
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = None
     """What the task is called in tables; by default after what it reads."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from potstill.errors import RunFolderError, UsageError
 from potstill.evaluation.config import EvaluationConfig, refuse_output
+from potstill.evaluation.prompted_config import PromptedTaskConfig
 from potstill.evaluation.task_config import TextTaskConfig
 from potstill.evaluation.writing_config import WritingTaskConfig
 from potstill.models.config import LoadingConfig
@@ -81,7 +82,7 @@ def evaluation_request(
     if config.teacher is not None and not is_checkpoint(Path(config.teacher.path).expanduser()):
         check_model("teacher", config.teacher)
     for task in config.tasks:
-        if isinstance(task, (TextTaskConfig, WritingTaskConfig)):
+        if isinstance(task, (TextTaskConfig, WritingTaskConfig, PromptedTaskConfig)):
             check_data(task.data)
     return config, output if output is not None else _own_place(models, config, teacher)
 
