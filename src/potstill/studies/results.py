@@ -119,7 +119,8 @@ def conclusion(pairs: Sequence[Mapping[str, Any]]) -> str:
         many = "the one comparison" if len(pairs) == 1 else f"any of {len(pairs)} comparisons after Holm's correction"
         return f"No difference that this test can see, in {many}.{seen}"
     after = " after Holm's correction" if len(pairs) > 1 else ""
-    return f"{len(found)} of {len(pairs)} comparisons {'finds' if len(found) == 1 else 'find'} a difference larger than its uncertainty{after}.{seen}"
+    finds = f"{len(found)} of {len(pairs)} comparisons {'finds' if len(found) == 1 else 'find'}"
+    return f"{finds} a difference larger than its uncertainty{after}.{seen}"
 
 
 def picture(table: TaskTable) -> str:
