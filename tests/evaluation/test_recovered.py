@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from potstill.evaluation.record import EvaluationRecord, ModelRecord, TaskRecord, compare_models
 from potstill.evaluation.recovered import gap_recovered
 from potstill.evaluation.scores import Scores, mean
+from potstill.evaluation.task import Outcome
 
 
 def table(values, higher_is_better=True):
@@ -54,3 +56,17 @@ def test_the_interval_holds_the_true_share(num_seeds, seed_noise):
         inside += found.value is not None and found.low is not None and found.high is not None and found.low <= 0.6 <= found.high
     assert wanted > 85
     assert inside / wanted >= 0.95 - 3 * np.sqrt(0.0475 / wanted)
+
+
+def test_a_record_says_it_of_every_student_from_what_it_is_compared_with_or_from_before():
+    names = {"plain": 0, "twin": 1, "student": 3}
+    models = [ModelRecord(name, {"t": [Outcome(table(np.arange(30) + more))]}) for name, more in names.items()]
+    teacher = ModelRecord("teacher", {"t": [Outcome(table(np.arange(30) + 5))]}, is_teacher=True)
+    task = TaskRecord("t", "questions", "m")
+    pairs = compare_models([task], [(models[2], models[1])])
+    record = EvaluationRecord("A table", [task], [*models, teacher], pairs)
+    (found,) = record.to_json()["recovered"]
+    assert (found["model"], found["start"], found["teacher"], found["metric"]) == ("student", "twin", "teacher", "t/m")
+    assert found["value"] == pytest.approx(0.5)
+    from_before = EvaluationRecord("A table", [task], [*models, teacher], pairs, before="plain").to_json()["recovered"]
+    assert {one["model"]: pytest.approx(one["value"]) for one in from_before} == {"twin": 0.2, "student": 0.6}

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from potstill.evaluation.comparison import Comparison, holm, verdict
+from potstill.evaluation.recovered import gap_recovered
 from potstill.evaluation.scores import Metric, Scores, compare_scores, estimate_over_seeds
 from potstill.evaluation.statistics import Estimate
 from potstill.evaluation.task import Outcome
@@ -110,6 +111,7 @@ class EvaluationRecord:
             "tasks": [task.to_json() for task in self.tasks],
             "models": [self._model(model) for model in self.models],
             "comparisons": [pair.to_json() for pair in self.comparisons],
+            "recovered": self._recovered(),
             "samples": self._samples(), "series": self._series(),
         }  # fmt: skip
         return record | ({"items": self._items()} if self.with_items else {})
@@ -125,6 +127,24 @@ class EvaluationRecord:
             "name": model.name, "num_parameters": model.num_parameters, "num_seeds": model.num_seeds, "is_teacher": model.is_teacher,
             "metrics": metrics,
         }  # fmt: skip
+
+    def _recovered(self) -> list[dict[str, Any]]:
+        """For each task the share of the way to the teacher that a student went, from `before` or else from what it is compared with."""
+        by_name = {model.name: model for model in self.models}
+        starts = {pair.first: pair.second for pair in reversed(self.comparisons)}
+        found = []
+        for teacher in (model for model in self.models if model.is_teacher):
+            for task in self.tasks:
+                for model in self.models:
+                    start = by_name.get(self.before or starts.get(model.name, ""))
+                    if start is None or model is start or model is teacher:
+                        continue
+                    tables = [one.scores(task.name) for one in (model, start, teacher)]
+                    if all(runs and task.primary in runs[0].metrics for runs in tables):
+                        share = gap_recovered(task.primary, *tables)
+                        names = {"task": task.name, "metric": key_of(task.name, task.primary), "model": model.name}
+                        found.append(names | {"start": start.name, "teacher": teacher.name} | asdict(share))
+        return found
 
     def _warnings(self) -> list[str]:
         several = len(self.tasks) > 1
@@ -179,6 +199,8 @@ def compare_models(tasks: Iterable[TaskRecord], pairs: Iterable[tuple[ModelRecor
                 ours, theirs = (ours * len(theirs), theirs) if len(ours) == 1 else (ours, theirs * len(ours))
             for name, metric in ours[0].metrics.items():
                 if name not in theirs[0].metrics or not metric.compared:
+                    continue
+                if not all(run.is_measured(name) for run in (*ours, *theirs) if name in run.metrics):
                     continue
                 family = "primary" if name == task.primary else "secondary"
                 comparison = compare_scores(name, _same_columns(ours, name), _same_columns(theirs, name))
