@@ -54,7 +54,7 @@ def results_table(record: Mapping[str, Any]) -> str:
     for key in keys:
         found = [model["metrics"].get(key) for model in models]
         metric = next(one for one in found if one is not None)
-        label = escaped(f"{metric['task']}: " if several_tasks else "") + escaped(with_unit(metric["label"], metric["unit"]))
+        label = escaped((f"{metric['task']}: " if several_tasks else "") + with_unit(metric["label"], metric["unit"]))
         label = f"{label} {direction(metric['higher_is_better'])}".rstrip()
         cells = ["" if one is None else plus_minus(one) for one in found]
         cells += [interval(metric["low"], metric["high"], metric["standard_error"])] if alone else []

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.reporting.summary import RunSummary
-from potstill.reporting.wording import number
 
 # Keys in which runs of one cell differ: the seed, and where things lie.
 OF_A_SEED = ("run.seed", "run.folder", "data.seed")
@@ -96,19 +95,20 @@ def _text(recipe: Mapping[str, Any]) -> str:
     author = str(recipe.get("rollouts.author", "dataset"))
     words = [_AUTHORS.get(author, author)]
     if author == "mixture" and "rollouts.student" in recipe:
-        words.append(f"{number(recipe['rollouts.student'])} of it the student's")
+        words.append(f"{shown(recipe['rollouts.student'])} of it the student's")
     if author != "dataset" and "rollouts.sampling.temperature" in recipe:
-        words.append(f"temperature {recipe['rollouts.sampling.temperature']:g}")
+        words.append(f"temperature {shown(recipe['rollouts.sampling.temperature'])}")
     return ", ".join(words)
 
 
 def _objective(recipe: Mapping[str, Any]) -> str:
     divergence = str(recipe.get("objective.divergence", "forward_kl"))
-    ratio, kd, ce = (recipe.get(f"objective.{key}") for key in ("kd_ratio", "kd_weight", "sft_weight"))
+    given = (recipe.get(f"objective.{key}") for key in ("kd_ratio", "kd_weight", "sft_weight"))
+    ratio, kd, ce = (value if isinstance(value, int | float) else None for value in given)
     if divergence == "cross_entropy":
         return "cross-entropy of the text"
     if kd is None and ce is None:
-        kd = ratio if isinstance(ratio, int | float) else 0.5
+        kd = 0.5 if ratio is None else ratio
         ce = 1 - kd
     kd, ce = kd or 0, ce or 0
     if not kd:
@@ -117,7 +117,7 @@ def _objective(recipe: Mapping[str, Any]) -> str:
     if ce:
         words = [f"{ce:.4g} × cross-entropy + {kd:.4g} × {words[0]}"]
     if recipe.get("objective.temperature", 1) != 1:
-        words.append(f"temperature {recipe['objective.temperature']:g}")
+        words.append(f"temperature {shown(recipe['objective.temperature'])}")
     support = recipe.get("objective.support", "full")
     if support != "full":
         size = recipe.get("objective.top_k") or recipe.get("objective.num_samples")
@@ -142,12 +142,12 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 def _budget(recipe: Mapping[str, Any]) -> str:
     get = {key.removeprefix("training."): value for key, value in recipe.items() if key.startswith("training.")}.get
-    words = [f"{get('steps'):,} steps"] if isinstance(get("steps"), int) else [f"{get('epochs')} epochs"] if get("epochs") else []
+    words = [f"{shown(get('steps'))} steps"] if get("steps") else [f"{get('epochs')} epochs"] if get("epochs") else []
     if isinstance(get("batch_size"), int):
         accumulated = f" × {get('accumulation')}" if get("accumulation", 1) != 1 else ""
         words.append(f"batches of {get('batch_size')}{accumulated} rows")
     if get("learning_rate") is not None:
-        words.append(f"learning rate {get('learning_rate'):g} ({get('scheduler', 'constant')})")
+        words.append(f"learning rate {shown(get('learning_rate'))} ({get('scheduler', 'constant')})")
     words += [str(get("precision"))] if get("precision") else []
     return ", ".join(words)
 
@@ -165,6 +165,13 @@ def outcome_in_words(finished: Mapping[str, Any]) -> str:
     if isinstance(finished.get("peak_gib"), int | float):
         words.append(f"peak memory {finished['peak_gib']:.2f} GiB")
     return ", ".join(words)
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe: a number in as many digits as it has, else as it stands."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def duration(seconds: float) -> str:

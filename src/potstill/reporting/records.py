@@ -151,7 +151,7 @@ def normalise(value: Mapping[str, Any], name: str = "evaluation") -> tuple[dict[
             metric["label"] = metric["label"] or short
     series = [one for one in _parts(_Series, value.get("series"), "series", faults) if len(one["x"]) == len(one["y"])]
     record = {
-        "kind": "evaluation", "version": value.get("version", NEWEST), "title": str(value.get("title") or name),
+        "kind": "evaluation", "version": NEWEST, "title": str(value.get("title") or name),
         "data": value.get("data") if isinstance(value.get("data"), dict) else {},
         "warnings": [str(warning) for warning in _list(value.get("warnings"))],
         "baseline": _name(value.get("baseline")), "before": _name(value.get("before")),

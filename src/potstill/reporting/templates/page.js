@@ -142,12 +142,13 @@
   };
   const layoutOf = (figure) => {
     const shown = figure.lines.filter((line) => !line.faint).length;
-    const axis = { gridcolor: theme.grid, zerolinecolor: theme.grid, linecolor: theme.grid, automargin: true, tickfont: { size: 11 } };
+    const axis = { gridcolor: theme.grid, zerolinecolor: theme.grid, linecolor: theme.grid, tickfont: { size: 11 } };
     const legend = figure.group !== "curves" && shown > 1 && shown <= SMALL;
     return {
       template: {}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: theme.soft, family: "system-ui, sans-serif", size: 12 }, margin: { l: 55, r: 12, t: 12, b: 42 },
-      xaxis: { ...axis, title: { text: figure.x_label, font: { size: 12 }, standoff: 8 }, type: figure.x_kind === "linear" ? "-" : figure.x_kind },
+      font: { color: theme.soft, family: "system-ui, sans-serif", size: 12 }, margin: { l: 64, r: 12, t: 12, b: 46 },
+      xaxis: { ...axis, title: { text: figure.x_label, font: { size: 12 }, standoff: 8 }, type: figure.x_kind === "linear" ? "-" : figure.x_kind,
+        automargin: figure.x_kind === "category" },
       yaxis: { ...axis, title: { text: figure.group === "curves" ? "" : figure.y_label, font: { size: 12 }, standoff: 8 } },
       showlegend: legend, legend: { orientation: "h", y: -0.2, yanchor: "top", font: { size: 11 } },
       hovermode: shown <= 8 ? "x unified" : "closest",
