@@ -35,11 +35,20 @@ class ContestantConfig(Config):
         return self
 
 
+class JudgedSamplingConfig(SamplingConfig):
+    """How a next token is drawn: as elsewhere, with other defaults."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Divides the writer's logits; 0 takes the most likely token."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Where an answer is cut that has not ended by itself."""
+
+
 class WritingConfig(Config):
     """How the models write."""
 
-    sampling: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=1024))
-    """How a next token is drawn; by default the most likely one, up to 1024 of them."""
+    sampling: JudgedSamplingConfig = Field(default_factory=JudgedSamplingConfig)
+    """How a next token is drawn."""
     category_temperatures: Literal["published"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Temperatures of categories, over that of `sampling`: published (MT-Bench's own) or a mapping."""
     seed: int = 0
