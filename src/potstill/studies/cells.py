@@ -148,7 +148,7 @@ def _against(study: Study, cells: list[Cell]) -> list[Cell]:
         return cells
     names = [cell.name for cell in cells]
     if baseline not in names:
-        raise ConfigError(f"{study.document.place(('baseline',))}: baseline: {baseline!r} is no cell; there are {SFT}, {', '.join(names)}")
+        raise ConfigError(f"{study.document.place(('baseline',))}: baseline: {baseline!r} is no cell; there are {', '.join(names)}")
     return [replace(cell, against=None if cell.name == baseline else baseline) for cell in cells]
 
 

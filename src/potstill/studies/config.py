@@ -100,7 +100,7 @@ class StudyConfig(Config):
 
 def _refuse_name(key: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{key}.{name}: a name becomes part of a folder's: letters, digits and . _ + - alone")
+        raise ValueError(f"{key}: the name {name!r} becomes part of a folder's: letters, digits and . _ + - alone")
 
 
 def refuse_own_keys(given: Overrides) -> Overrides:

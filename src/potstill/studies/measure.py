@@ -85,8 +85,11 @@ def measuring(plan: Plan, found: Comparable) -> EvaluationConfig:
 
 def measure(plan: Plan, found: Comparable, *, console: Console | None = None, quiet: bool = False) -> None:
     """Writes the record. Results that are there are not measured again. Raises PotstillError."""
+    from transformers.utils import logging
+
     from potstill.evaluation.evaluate import evaluate
 
+    logging.disable_progress_bar()  # weights are read while our own bar is drawn
     evaluate(measuring(plan, found), output=record_path(plan.folder), console=console, quiet=quiet)
 
 
