@@ -194,8 +194,8 @@ def _explained(error: Exception, config: HarnessTaskConfig, definition: Definiti
             f"{config.task}: its data set {hub} is not on this machine, and the hub does not give it ({type(error).__name__}: {first}); "
             f"give the rows yourself, in its columns: --task {config.task}=rows.jsonl"
         )
-    if isinstance(error, AssertionError) and "fewshot" in first:
-        return UsageError(f"{config.task}: few_shot: {first.removeprefix('Error: ')}")
+    if "fewshot samples" in first or "Sample larger than population" in first:
+        return UsageError(f"{config.task}: few_shot: there are fewer solved examples than are asked for")
     where = f"{_file(own)}: {definition.name} cannot be asked from these rows" if own is not None else f"{config.task}: cannot be asked"
     return DataError(f"{where} ({type(error).__name__}: {first}){_schema(definition) if own is not None else ''}")
 
