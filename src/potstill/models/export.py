@@ -5,6 +5,7 @@ the model in memory.
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +24,10 @@ from potstill.models.loading import load_model
 from potstill.models.merging import merged_weights
 from potstill.models.proofs import probe_logits, typical_distance
 from potstill.models.requirements import quantisation_of
-from potstill.storage import commit_folder, make_folder, require_free, write_tensors
+from potstill.storage import commit_folder, make_folder, require_free, write_tensors, write_text
 
 STUDENT, ADAPTER = "student", "adapter"
+CARD = "README.md"
 _NAMES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # How far the reloaded student's logits may typically lie from those in memory: a merge rounds every weight once more, and 8-bit
 # layers round their activations too, which merged ones do not.
@@ -35,12 +37,13 @@ _QUANTISED_TOLERANCE = 0.1
 
 def export_student(
     causal_lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merge: bool = True,
-    dtype: torch.dtype | None = None, writes: bool = True,
+    dtype: torch.dtype | None = None, writes: bool = True, cards: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Commits `folder/student` and, for a model with an adapter, `folder/adapter`; returns the folders.
 
     `merge`: the student is a plain model with the adapter in its weights (a quantised base is unpacked); else it is the adapter,
     which `from_pretrained` puts on its base. `dtype` of the merged weights; unset, that of the model in memory.
+    `cards` are the texts of README.md by the folder's name.
     Where parameters are sharded every rank calls this and one has `writes`. Raises StorageError when a folder cannot be written
     or does not read back as the model in memory.
     """
@@ -56,7 +59,12 @@ def export_student(
     committed = []
     if adapter is not None:
         assert isinstance(model, PeftModel)
-        commit_folder(folder / ADAPTER, lambda at: write_adapter(model, inner, adapter, at), replace=True)
+
+        def write_adapter_folder(at: Path) -> None:
+            write_adapter(model, inner, adapter, at)
+            _write_card(cards, ADAPTER, at)
+
+        commit_folder(folder / ADAPTER, write_adapter_folder, replace=True)
         committed.append(folder / ADAPTER)
 
     def write_student(at: Path) -> None:
@@ -68,12 +76,18 @@ def export_student(
             write_adapter(model, inner, adapter, at)
             _generation_config(inner, tokenizer).save_pretrained(at)
         tokenizer.save_pretrained(at)
+        _write_card(cards, STUDENT, at)
         _require_equal(causal_lm, expected, dtype, at)
 
     size = sum(tensor.nbytes for tensor in (plain or {}).values())
     require_free(folder, size)
     commit_folder(folder / STUDENT, write_student, replace=True, bytes_needed=size)
     return [*committed, folder / STUDENT]
+
+
+def _write_card(cards: Mapping[str, str] | None, folder: str, at: Path) -> None:
+    if cards is not None and folder in cards:
+        write_text(at / CARD, cards[folder])
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from potstill.recipes.schema import Recipe
 from potstill.recipes.teachers import fingerprints_of, make_self_teacher, make_teacher, own_device, prove
 from potstill.recipes.words import in_words, printable
 from potstill.recipes.writing import prepare_writing
+from potstill.reporting.card import model_cards
 from potstill.rollouts.author import Author
 from potstill.rollouts.reward import KEY as REWARD_KEY
 from potstill.run_folder import ENVIRONMENT, RECIPE, REFUSED_ANSWERS, REJECTED, RunFolder
@@ -222,11 +223,14 @@ def finish(
     """Exports the student and states that the run is complete."""
     total, trainable = count_parameters(distiller.student)
     ranks = Ranks()
-    export_student(distiller.student, preparation.student.tokenizer, folder.path, merge=recipe.run.merge_adapter, writes=ranks.first)
-    ranks.on_first(lambda: folder.finish({
+    facts = {
         "command": command, **asdict(summary), "parameters": total, "trainable_parameters": trainable,
         "data": preparation.data.counts.as_dict(),
-    }))  # fmt: skip
+    }  # fmt: skip
+    cards = ranks.on_first(lambda: model_cards(folder.path, facts))
+    export_student(distiller.student, preparation.student.tokenizer, folder.path, merge=recipe.run.merge_adapter, writes=ranks.first,
+                   cards=cards)  # fmt: skip
+    ranks.on_first(lambda: folder.finish(facts))
 
 
 def _forget(folder: RunFolder) -> None:
