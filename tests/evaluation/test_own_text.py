@@ -24,6 +24,10 @@ from tiny import save_pair, tiny_llama, tiny_tokenizer
 VOCABULARY, NEW, END = 320, 12, 2
 
 
+def said(number: int) -> str:
+    return f"{number} + {number + 1} = {2 * number + 1}. " * (1 + number % 3)
+
+
 def sharp(seed: int):
     model = tiny_llama(seed)
     with torch.no_grad():
@@ -44,7 +48,7 @@ def folder(tmp_path_factory):
     pieces = vocabulary["model"]["vocab"]
     pieces["a"], pieces["b"] = pieces["b"], pieces["a"]
     file.write_text(json.dumps(vocabulary), encoding="utf-8")
-    rows = [{"instruction": f"Add {n} and {n + 1}.", "input": "", "output": f"{n} + {n + 1} = {2 * n + 1}. " * (1 + n % 3)} for n in range(6)]
+    rows = [{"instruction": f"Add {n} and {n + 1}.", "input": "", "output": said(n)} for n in range(6)]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (place / "open.jsonl").write_text("".join(json.dumps(row | {"output": "" if n % 2 else "Yes."}) + "\n"
                                               for n, row in enumerate(rows)), encoding="utf-8")  # fmt: skip
@@ -95,10 +99,10 @@ def test_every_metric_equals_its_definition(folder):
     student, tokenizer = sharp(0), tiny_tokenizer()
     own, beside, answers = [], [], []
     for number in range(6):
-        question = f"Add {number} and {number + 1}."
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True)["input_ids"]
-        text = f"{number} + {number + 1} = {2 * number + 1}. " * (1 + number % 3)
-        reference = [*tokenizer(text).input_ids, END]
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Add {number} and {number + 1}."}], add_generation_prompt=True, tokenize=False
+        )
+        prompt, reference = tokenizer(asked).input_ids, [*tokenizer(said(number)).input_ids, END]
         answers.append(greedily(student, prompt))
         own.append((*distributions(folder, prompt, answers[-1]), answers[-1]))
         beside.append((*distributions(folder, prompt, reference[:NEW]), reference[:NEW]))
@@ -245,7 +249,7 @@ def test_without_a_teacher_it_is_refused_by_its_place(folder):
 def test_a_teacher_with_other_tokens_is_refused_with_a_way_out(folder, made):
     kind = {"kind": made.kind, "data": {"train": str(folder / "rows.jsonl"), "max_tokens": 256}}
     config = (OwnTextTaskConfig if made is OwnTextTask else SpeculationTaskConfig).model_validate(kind)
-    with pytest.raises(IncompatibleError, match="2 of 320 ids mean different tokens.*leave this task or the teacher out"):
+    with pytest.raises(IncompatibleError, match=r"2 of 320 ids mean different tokens.*leave this task or the teacher out"):
         made(config).prepare(LoadingConfig(path=str(folder / "student")), LoadingConfig(path=str(folder / "stranger")))
 
 
@@ -255,7 +259,8 @@ def test_identities_know_what_decides_the_numbers(folder):
     def identity(made):
         return json.dumps(dict(made.prepare(student, teacher).identity), sort_keys=True)
 
-    own = [{}, {"seed": 1}, {"prefixes": "teacher"}, {"sampling": {"max_new_tokens": 11}}, {"sampling": {"max_new_tokens": NEW, "top_k": 3}}]
+    samplings = [{"sampling": {"max_new_tokens": 11}}, {"sampling": {"max_new_tokens": NEW, "top_k": 3}}]
+    own = [{}, {"seed": 1}, {"prefixes": "teacher"}, *samplings]
     assert len({identity(task(folder, **changes)) for changes in own}) == len(own)
     assert identity(task(folder)) == identity(task(folder))
     values = {"kind": "speculation", "data": {"train": str(folder / "rows.jsonl"), "max_tokens": 256}}

@@ -1,4 +1,4 @@
-"""The student as a draft: rounds counted on the teacher's text equal the rounds of drafting and checking, enumerated, drawn and in transformers."""
+"""The student as a draft: rounds counted on the teacher's text equal those of drafting and checking, enumerated and in transformers."""
 
 import itertools
 

@@ -30,12 +30,14 @@ from potstill.rollouts.writing import Completion, Prompt, Sampling, seed_of
 
 @dataclass(frozen=True)
 class Prompted:
-    """P prompts by the names of their rows, and the tokens of the rows' own answers (empty where a row has none)."""
+    """P prompts by the names of their rows, and the tokens of the rows' own answers (empty where a row has none). `ends`: what the chat
+    template ends an answer with."""
 
     names: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     answers: tuple[tuple[int, ...], ...]
     rows: int
+    ends: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def select(self, kept: Sequence[int], warning: str) -> "Prompted":
@@ -43,7 +45,7 @@ class Prompted:
         def of(values: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(values[place] for place in kept)
 
-        return Prompted(of(self.names), of(self.prompts), of(self.answers), self.rows, (*self.warnings, warning))
+        return Prompted(of(self.names), of(self.prompts), of(self.answers), self.rows, self.ends, (*self.warnings, warning))
 
     @property
     def digest(self) -> str:
@@ -74,7 +76,6 @@ class Pair:
     student_ends: tuple[int, ...]
     teacher_ends: tuple[int, ...]
     vocabulary_size: int
-    context: int | None
 
 
 class PromptReader:
@@ -100,7 +101,9 @@ class PromptReader:
         key = tokenizer_digest(tokenizer), template_digest(tokenizer), ends[0], context
         if key not in self._read:
             self._read[key] = self._prompts(tokenizer, ends[0], context)
-        return self._read[key], Pair(ends[0], ends[1], comparison.vocabulary_size, context)
+        prompted = self._read[key]
+        student_ends, teacher_ends = (tuple(sorted({*own, *prompted.ends})) for own in ends)
+        return prompted, Pair(student_ends, teacher_ends, comparison.vocabulary_size)
 
     def refuse(self, why: str) -> NoReturn:
         """Raises DataError, naming the task and its data."""
@@ -118,7 +121,7 @@ class PromptReader:
                    for one, question in zip(rendered, questions.values(), strict=True)]  # fmt: skip
         found = Prompted(
             tuple(questions), tuple(tuple(question.tokens) for question in questions.values()),
-            tuple(answer[: self._room] for answer in answers), asked.rows,
+            tuple(answer[: self._room] for answer in answers), asked.rows, tuple(asked.ends()),
             (f"{asked.rejected} of {asked.rows + asked.rejected} rows were malformed and are not in the numbers",) * bool(asked.rejected),
         )  # fmt: skip
         return self._fitting(found, context)
