@@ -227,10 +227,14 @@ app.command()(study)
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, or folders that hold run folders.", show_default=False)],
-    output: Annotated[str | None, typer.Option(help="Where to write the page; by default report.html in the first folder.")] = None,
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders, folders of runs, such as a study's, or records of evaluate.", show_default=False)
+    ],
+    output: Annotated[
+        str | None, typer.Option(help="Where to write the page, by default report.html in the first folder; Markdown where it ends in .md.")
+    ] = None,
 ) -> None:
-    """Writes one HTML page about runs: results with their uncertainty, loss curves, recipes, surroundings."""
+    """Writes one HTML page about runs or a study: what was done, results and what they say, answers side by side, curves, recipes."""
     from potstill.reporting.page import write_report
 
     sys.stdout.write(_safe(f"written to {write_report(runs, output)}\n"))

@@ -85,7 +85,7 @@ def test_every_picture_is_drawn_and_the_page_is_as_wide_as_the_window(browser, s
 
 
 def order_of(page):
-    return page.locator(".results tbody th").evaluate_all("rows => rows.map(row => row.firstChild.textContent.trim())")
+    return page.locator(".results table.wide tbody th").evaluate_all("rows => rows.map(row => row.firstChild.textContent.trim())")
 
 
 def test_a_click_sorts_by_number_and_the_keyboard_does_too(browser, study):
@@ -105,14 +105,14 @@ def test_a_click_sorts_by_number_and_the_keyboard_does_too(browser, study):
         bits.locator("button").click()
         assert order_of(page)[0] == "teacher"
         assert bits.get_attribute("aria-sort") == "ascending"
-        assert page.locator(".results [aria-sort]").count() == 1
-        page.locator(".results th button", has_text="model").click()
+        assert page.locator(".results table.wide [aria-sort]").count() == 1
+        page.locator(".results table.wide th button", has_text="model").click()
         assert order_of(page) == sorted(LENGTHS)
 
 
 def test_rows_tasks_and_metrics_can_be_left_out(browser, study):
     with opened(browser, study, drawn=False) as page:
-        visible = page.locator(".results tbody tr:visible")
+        visible = page.locator(".results table.wide tbody tr:visible")
         assert visible.count() == 5
         page.locator(".results input.rows").fill("KD_ratio")
         assert visible.count() == 2
@@ -124,7 +124,7 @@ def test_rows_tasks_and_metrics_can_be_left_out(browser, study):
         assert heads.count() == 3
         page.get_by_role("group", name="Tasks").get_by_role("button", name="commonsense").click()
         assert heads.count() == 2
-        assert page.locator(".results tbody tr:first-child td[data-column]:visible").count() == 2
+        assert page.locator(".results table.wide tbody tr:first-child td[data-column]:visible").count() == 2
         assert page.locator(".results .tasks th:visible").count() == 2
         page.get_by_role("button", name="all metrics").click()
         assert heads.count() == 5

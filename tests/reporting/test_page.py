@@ -57,8 +57,9 @@ def test_the_page_says_what_was_done_and_what_came_of_it(page):
         "In the published study 0.5 was best", "0.75 × cross-entropy + 0.25 × forward KL", "none: the text alone is learned", "seeds0, 1",
         "0.5300 ± 0.0060", "0.5180 to 0.5420", "▲ better", "▼ worse", "≈ not told apart", "★ best", "3 seeds",
         "kd_ratio=1: seed 1 failed: out of memory", "one row was too long", "the run is not finished", "off target", "560,256",
-        "0.4100 → 0.5300", "How many pieces are 3 apples and 4 pears?", "✓ right", "✗ wrong", "cross-entropy (nats per target)",
-        "objective.kd_ratio", "divergence by position", "potstill 0.", "tokens per second", "peak memory (GiB)",
+        "0.4100 → 0.5300", "20% to 60%", "How many pieces are 3 apples and 4 pears?", "✓ right", "✗ wrong",
+        "cross-entropy (nats per target)", "objective.kd_ratio",
+        "divergence by position", "potstill 0.", "tokens per second", "peak memory (GiB)",
     ):  # fmt: skip
         assert part in text, part
     # The key in which the runs differ stands before those that they share.
@@ -139,6 +140,16 @@ def test_forty_long_runs_stay_under_eight_megabytes(tmp_path):
     assert page.stat().st_size < 8_000_000
     assert re.search(r"[\d,]+ points are left out of this picture", page.read_text())
     assert "more are in the record" in page.read_text()
+
+
+def test_a_page_that_would_be_too_large_shows_less(study):
+    summaries = summarise_all([study])
+    whole = render(summaries)
+    smaller = render(summaries, largest=len(whole.encode()) - 1)
+    assert len(smaller) < len(whole)
+    # The numbers stay; points or answers go, and the page says so.
+    assert "points are left out" in smaller or "more are in the record" in smaller
+    assert smaller.count("0.5300 ± 0.0060") == whole.count("0.5300 ± 0.0060")
 
 
 def test_a_run_without_anything_says_so(tmp_path):

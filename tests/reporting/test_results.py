@@ -4,7 +4,7 @@ import pytest
 
 import reported
 from potstill.reporting.records import normalise
-from potstill.reporting.results import changes_since_before, facts_in_words, judged, results_tables, signed
+from potstill.reporting.results import changes_since_before, facts_in_words, judged, recovered_gap, results_tables, signed
 
 
 def read(**changes):
@@ -113,3 +113,14 @@ def test_comparisons_that_were_not_corrected_are_known():
 def test_facts_and_signs():
     assert facts_in_words({"rows": 1450, "data_set": "x"}) == "1,450 rows · data set: x"
     assert (signed(0.5, 0.01), signed(-0.5, 0.01), signed(None, None)) == ("+0.500", "-0.500", "—")
+
+
+def test_the_recovered_gap_has_a_row_a_student_and_says_where_there_is_none():
+    gap = recovered_gap(read())
+    assert (gap.starts, gap.teachers, gap.tasks) == ("before", "teacher", ("arithmetic", "commonsense"))
+    assert [(model, values[0].text, values[0].interval) for model, values in gap.rows] == [
+        ("SFT", "30%", "20% to 60%"), ("KD 0.5", "40%", "20% to 60%"), ("KD 1", "50%", "20% to 60%"),
+    ]  # fmt: skip
+    assert [values[1].word for _, values in gap.rows] == ["no gap", "", ""]
+    assert gap.reasons == ("commonsense: there is no gap to recover",)
+    assert recovered_gap(read(recovered=[])) is None

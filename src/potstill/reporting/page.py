@@ -14,15 +14,16 @@ from typing import Any
 from potstill import storage
 from potstill.reporting import figures as pictures
 from potstill.reporting import wording
-from potstill.reporting.answers import side_by_side
+from potstill.reporting.answers import ALL_CHARACTERS, side_by_side
 from potstill.reporting.markdown import markdown
 from potstill.reporting.pipeline import OF_A_SEED, Cell, cells, in_words, outcome_in_words
-from potstill.reporting.results import changes_since_before, judged, results_tables, signed
+from potstill.reporting.results import changes_since_before, judged, recovered_gap, results_tables, signed
 from potstill.reporting.study_figures import study_figures
 from potstill.reporting.summary import RunSummary, summarise_all
 
 _TEMPLATE = "page.html.jinja"
 _MOST_NAMES = 4
+LARGEST = 8_000_000
 
 
 def write_report(paths: Sequence[Path | str], output: Path | str | None = None) -> Path:
@@ -39,8 +40,19 @@ def write_report(paths: Sequence[Path | str], output: Path | str | None = None) 
     return target
 
 
-def render(summaries: Sequence[RunSummary], *, written: datetime | None = None) -> str:
-    """The page as text. `written` is the date that it carries, by default now."""
+def render(summaries: Sequence[RunSummary], *, written: datetime | None = None, largest: int = LARGEST) -> str:
+    """The page as text, with fewer points and answers until it has at most `largest` bytes. `written` is the date that it carries, by
+    default now."""
+    page = ""
+    for share in (1.0, 0.5, 0.25, 0.1, 0.02):
+        page = _render(summaries, written or datetime.now(UTC), share)
+        if len(page.encode()) <= largest:
+            break
+    return page
+
+
+def _render(summaries: Sequence[RunSummary], written: datetime, share: float) -> str:
+    """The page with a share of the points and of the characters of answers that it may hold."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -53,7 +65,8 @@ def render(summaries: Sequence[RunSummary], *, written: datetime | None = None) 
     studies = [summary.study for summary in summaries if summary.study is not None]
     drawn = [
         *(figure for study in studies for figure in study_figures(study, records)),
-        *pictures.series_figures(records), *pictures.curve_figures(summaries, found),
+        *pictures.series_figures(records),
+        *pictures.curve_figures(summaries, found, all_points=int(share * pictures.ALL_POINTS)),
     ]  # fmt: skip
     groups: dict[str, list[tuple[int, pictures.Figure]]] = {}
     for place, figure in enumerate(drawn):
@@ -62,11 +75,12 @@ def render(summaries: Sequence[RunSummary], *, written: datetime | None = None) 
     surrounded = _surroundings(summaries)
     with_pictures = pictures.has_plotly() and bool(drawn)
     page = {
-        "title": _title(summaries), "status": _status(summaries), "written": (written or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC"),
+        "title": _title(summaries), "status": _status(summaries), "written": written.strftime("%Y-%m-%d %H:%M UTC"),
         "summaries": summaries, "studies": studies, "cells": found, "warnings": _warnings(summaries),
         "shared_words": shared_words, "own_words": own_words,
         "own_subjects": list(dict.fromkeys(subject for _, words in own_words for subject in words)),
-        "tables": results_tables(sources), "samples": side_by_side(records), "groups": groups, "has_plotly": pictures.has_plotly(),
+        "tables": results_tables(sources),
+        "samples": side_by_side(records, all_characters=int(share * ALL_CHARACTERS)), "groups": groups, "has_plotly": pictures.has_plotly(),
         "changes": [changes for record in records if (changes := changes_since_before(record)) is not None],
         "recipe": recipe_rows([recipe for _, recipe in recipes]), "runs": [name for name, _ in recipes],
         "surroundings": recipe_rows([words for _, words in surrounded]), "surrounded": [name for name, _ in surrounded],
@@ -74,8 +88,10 @@ def render(summaries: Sequence[RunSummary], *, written: datetime | None = None) 
         "plotly_script": Markup(_plotly_script()) if with_pictures else "",
         "figure_data": Markup(safe_json([figure.to_json() for figure in drawn])),
     }  # fmt: skip
-    words = {name: getattr(wording, name) for name in ("interval", "number", "count", "p_value", "direction", "significance", "with_unit")}
-    environment.globals |= {**words, "judged": judged, "signed": signed, "place_in_words": _place, **page, "sections": _sections(page)}
+    names = ("interval", "number", "count", "p_value", "direction", "significance", "with_unit")
+    words: dict[str, Any] = {name: getattr(wording, name) for name in names}
+    words |= {"judged": judged, "recovered_gap": recovered_gap, "signed": signed, "place_in_words": _place}
+    environment.globals |= {**words, **page, "sections": _sections(page)}
     return environment.get_template(_TEMPLATE).render()
 
 

@@ -107,6 +107,18 @@ class _Series(_Part):
     y: list[Number]
 
 
+class _Recovered(_Part):
+    task: str
+    metric: str = ""
+    model: str
+    start: str = ""
+    teacher: str = ""
+    value: Number = None
+    low: Number = None
+    high: Number = None
+    reason: str | None = None
+
+
 _P = TypeVar("_P", bound=_Part)
 
 
@@ -158,7 +170,7 @@ def normalise(value: Mapping[str, Any], name: str = "evaluation") -> tuple[dict[
         "tasks": _parts(_Task, value.get("tasks"), "task", faults), "models": models,
         "comparisons": _parts(_Pair, value.get("comparisons"), "comparison", faults),
         "samples": _parts(_Sample, value.get("samples"), "sample", faults), "series": series,
-        "recovered": value.get("recovered"),
+        "recovered": _parts(_Recovered, value.get("recovered"), "recovered gap", faults),
     }  # fmt: skip
     record["tasks"] = _complete(record["tasks"], models)
     return record, faults

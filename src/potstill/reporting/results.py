@@ -228,6 +228,39 @@ def _change(record: Mapping[str, Any], start: Mapping[str, Any], model: Mapping[
     return Value(text, around, pair["difference"], sign=sign, word=word, tone=tone, against=start["name"], verdict=pair["verdict"])
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """How much of the way to the teacher each student went, by task; `reasons` say where there was no way to go."""
+
+    starts: str
+    teachers: str
+    tasks: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Value, ...]], ...]
+    reasons: tuple[str, ...]
+
+
+def recovered_gap(record: Mapping[str, Any]) -> Recovered | None:
+    """The shares that a record states; None where it states none."""
+    shares = record["recovered"]
+    if not any(share["value"] is not None for share in shares):
+        return None
+    tasks = tuple(dict.fromkeys(share["task"] for share in shares))
+    found: dict[str, dict[str, Value]] = {}
+    for share in shares:
+        found.setdefault(share["model"], {})[share["task"]] = _share(share)
+    rows = tuple((model, tuple(values.get(task, Value()) for task in tasks)) for model, values in found.items())
+    reasons = dict.fromkeys(f"{share['task']}: {share['reason']}" for share in shares if share["value"] is None and share["reason"])
+    starts, teachers = (", ".join(dict.fromkeys(share[key] for share in shares)) for key in ("start", "teacher"))
+    return Recovered(starts, teachers, tasks, rows, tuple(reasons))
+
+
+def _share(share: Mapping[str, Any]) -> Value:
+    if share["value"] is None:
+        return Value(word="no gap")
+    around = "" if share["low"] is None or share["high"] is None else f"{share['low']:.0%} to {share['high']:.0%}"
+    return Value(f"{share['value']:.0%}", around, share["value"])
+
+
 def signed(value: float | None, error: float | None) -> str:
     text = number(value, error)
     return text if value is None or value < 0 or text == UNKNOWN else f"+{text}"

@@ -54,7 +54,7 @@
     const search = one("input.rows", section);
     if (search) search.addEventListener("input", () => {
       const wanted = search.value.trim().toLowerCase();
-      all("tbody tr", section).forEach((row) => { row.hidden = !row.dataset.filter.includes(wanted); });
+      all("tr[data-filter]", section).forEach((row) => { row.hidden = !row.dataset.filter.includes(wanted); });
     });
     const scopes = all(".scope", section);
     const choose = (chosen) => { scopes.forEach((button) => press(button, button === chosen)); showColumns(section); };
