@@ -19,6 +19,7 @@ def judge(
     judge: Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server; without one answers are written.")] = None,
     judge_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model that judges, as it is served there.")] = None,
     api_key_env: Annotated[str | None, typer.Option(metavar="VAR", help="The environment variable that holds the server's key.")] = None,
+    annotations: Annotated[str | None, typer.Option(metavar="FILE", help="AlpacaEval's annotations.json, in place of a judge.")] = None,
     style: Annotated[str | None, typer.Option(help="pairs (by default): which answer is better. grade: each alone, 1 to 10.")] = None,
     folder: Annotated[str | None, typer.Option(help="Where answers, judgments and the record go; by default in judged/.")] = None,
     plan: Annotated[str | None, typer.Option(help="A YAML file with any of these and all other keys.")] = None,
@@ -30,7 +31,7 @@ def judge(
 
     config, also = judging_request(
         first, second, prompts=prompts, format=format, style=style, judge=judge, judge_model=judge_model, api_key_env=api_key_env,
-        folder=folder, plan=plan, settings=settings or (),
+        annotations=annotations, folder=folder, plan=plan, settings=settings or (),
     )  # fmt: skip
     quiet_libraries()
     from potstill.recipes.judging import RECORD

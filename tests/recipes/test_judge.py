@@ -92,6 +92,37 @@ def test_files_of_answers_are_judged_without_a_model(place, tmp_path, capsys):
     assert any("the judge may be kin to gpt-9 (gpt)" in warning for warning in record["warnings"])
 
 
+def test_preferences_that_were_judged_elsewhere_are_read_back(tmp_path, capsys):
+    rows = [[{**row, "output": f"{name} {number}", "generator": name} for number, row in enumerate(INSTRUCTIONS)] for name in ("a", "b")]
+    for name, content in zip(("a.json", "b.json"), rows, strict=True):
+        (tmp_path / name).write_text(json.dumps(content))
+    notes = [
+        {"instruction": row["instruction"], "annotator": "gpt4", "preference": preference,
+         **({"output_1": f"a {n}", "output_2": f"b {n}"} if n % 2 else {"output_1": f"b {n}", "output_2": f"a {n}"})}
+        for n, (row, preference) in enumerate(zip(INSTRUCTIONS, (2.0, 1.0, 1.75, 1.25, 0, 1.5, None, 1.0), strict=True))
+    ]  # fmt: skip
+    (tmp_path / "annotations.json").write_text(json.dumps(notes))
+    arguments = [tmp_path / "a.json", tmp_path / "b.json", "--folder", tmp_path / "out", "--annotations", tmp_path / "annotations.json"]
+    assert potstill("judge", *arguments) == 0
+    record = read(tmp_path / "out" / "record.json")
+    metrics = record["models"][0]["metrics"]
+    # a's shares: 1, 1, 0.75, 0.75, 0.5, 0.5, none, 1
+    assert metrics["a/win_rate_soft"]["value"] == pytest.approx(5.5 / 7)
+    assert metrics["a/win_rate"]["value"] == pytest.approx(6 / 7)
+    assert [model["name"] for model in record["models"]] == ["a", "b"]
+    assert "1 of 8 pairs have no preference and are left out" in record["warnings"]
+    assert record["title"] == "a against b, judged by gpt4"
+    notes[1]["preference"] = 3
+    (tmp_path / "annotations.json").write_text(json.dumps(notes))
+    assert potstill("judge", *arguments) == 2
+    assert "preference is 3" in capsys.readouterr().err
+    (tmp_path / "annotations.json").write_text(json.dumps([{**notes[0], "output_1": "of somebody else"}]))
+    assert potstill("judge", *arguments) == 2
+    assert "holds no preference between the answers of a and b" in capsys.readouterr().err
+    assert potstill("judge", *arguments, "--style", "grade") == 2
+    assert "annotations: they are preferences between pairs" in capsys.readouterr().err
+
+
 def test_two_turns_are_written_and_judged_and_fastchat_reads_them(place, tmp_path, capsys):
     assert judge(place, tmp_path, prompts="mt.jsonl") == 0
     assert "python gen_judgment.py --mode pairwise-all --model-list kd base" in capsys.readouterr().out

@@ -20,8 +20,8 @@ _ANSWER_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 def judging_request(
     first: str | None, second: str | None = None, *, prompts: str | None = None, format: str | None = None, style: str | None = None,
-    judge: str | None = None, judge_model: str | None = None, api_key_env: str | None = None, folder: str | None = None,
-    plan: str | None = None, settings: Sequence[str] = (),
+    judge: str | None = None, judge_model: str | None = None, api_key_env: str | None = None, annotations: str | None = None,
+    folder: str | None = None, plan: str | None = None, settings: Sequence[str] = (),
 ) -> tuple[JudgingConfig, Path | None]:  # fmt: skip
     """The request, and where a run folder keeps the record. What is said on the command line stands over the plan.
 
@@ -33,7 +33,8 @@ def judging_request(
         said = values.get(key) if said is None else said
         if isinstance(said, str):
             values[key] = contestant_values(said)
-    for key, said in (("prompts", prompts), ("format", format), ("style", style), ("folder", folder)):
+    for key, said in (("prompts", prompts), ("format", format), ("style", style), ("folder", folder),
+                      ("annotations", annotations)):  # fmt: skip
         if said is not None:
             values[key] = said
     asked = {"url": judge, "model": judge_model, "api_key_env": api_key_env}
@@ -91,6 +92,8 @@ def _check(config: JudgingConfig) -> None:
             _check_contestant(key, one)
     if is_local(config.prompts) and not Path(config.prompts).expanduser().is_file():
         raise DataError(f"prompts: {config.prompts}: no such file")
+    if config.annotations is not None and not Path(config.annotations).expanduser().is_file():
+        raise DataError(f"annotations: {config.annotations}: no such file")
     if config.second is not None and config.first.name is not None and config.first.name == config.second.name:
         raise UsageError(f"{config.first.name}: named twice; give one of them a name of its own, as in other=PATH")
     if config.judge is not None:

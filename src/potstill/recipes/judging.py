@@ -21,6 +21,7 @@ from potstill.evaluation.judging.kept_lines import KeptLines
 from potstill.evaluation.judging.matches import graded_answers, pair_matches
 from potstill.evaluation.judging.prompts import JudgedPrompt, read_prompts
 from potstill.evaluation.judging.questions import JudgeQuestion, grade_questions, pair_questions
+from potstill.evaluation.judging.recorded import read_annotations
 from potstill.evaluation.judging.settings import ContestantConfig, Format, JudgeConfig, JudgingConfig
 from potstill.evaluation.judging.summary import Judged, grades_record, pairs_record
 from potstill.evaluation.record import EvaluationRecord
@@ -55,10 +56,13 @@ def judge(config: JudgingConfig, *, also: Path | None = None, again: str = "", q
         if len({one.name for one in contestants}) < len(contestants):
             raise UsageError(f"{contestants[0].name}: both contestants are called so; give one a name of its own, as in other=PATH")
         files = [write_answer_file(folder / ANSWERS, one, prompts, format) for one in contestants]
-        if config.judge is None:
+        if config.annotations is not None:
+            record = _annotated(config, config.annotations, prompts, contestants, format).to_json()
+        elif config.judge is None:
             sys.stdout.write(printable(_how_to_judge(files, folder, format, again)))
             return None
-        record = _judged(config, config.judge, prompts, contestants, format, folder, quiet=quiet).to_json()
+        else:
+            record = _judged(config, config.judge, prompts, contestants, format, folder, quiet=quiet).to_json()
         for place in (folder / RECORD, also):
             if place is not None:
                 storage.make_folder(place.absolute().parent)
@@ -139,6 +143,20 @@ def _judged(
         return grades_record(judged, graded_answers(prompts, contestants, questions, asked.heard))
 
 
+def _annotated(
+    config: JudgingConfig, path: str, prompts: Sequence[JudgedPrompt], contestants: Sequence[Answers], format: Format
+) -> EvaluationRecord:
+    """The record of preferences that were judged elsewhere."""
+    if format != "alpaca_eval":
+        raise UsageError("annotations: AlpacaEval's preferences are about prompts of one turn, and these are MT-Bench's questions")
+    matches, annotator = read_annotations(path, prompts, contestants[0], contestants[1])
+    facts = {"prompts": config.prompts, "format": format, "number of prompts": len(prompts), "annotations": path, "judge": annotator,
+             "rule": "each pair was judged once; a win where it is preferred by more than one half"}  # fmt: skip
+    warnings = [warning for one in contestants for warning in one.warnings]
+    judged = Judged(name_of(config.prompts), f"judge: {annotator}", prompts, contestants, facts, warnings, config.samples)
+    return pairs_record(judged, matches, both_orders=False)
+
+
 def _facts(
     config: JudgingConfig, judge: JudgeConfig, contestants: Sequence[Answers], format: Format, prompts: Sequence[JudgedPrompt],
     questions: Sequence[JudgeQuestion],
@@ -183,7 +201,8 @@ def _how_to_judge(files: Sequence[Path], folder: Path, format: Format, again: st
     if format == "alpaca_eval":
         against = f" --reference_outputs {shlex.quote(others[0])}" if others else ""
         lines += ["or with AlpacaEval's own tool:",
-                  f"  alpaca_eval --model_outputs {shlex.quote(first)}{against} --output_path {shlex.quote(str(folder / 'alpaca_eval'))}"]
+                  f"  alpaca_eval --model_outputs {shlex.quote(first)}{against} --output_path {shlex.quote(str(folder / 'alpaca_eval'))}",
+                  f"and its annotations.json read back:\n  {again} --annotations FILE"]  # fmt: skip
     else:
         lines += ["or with MT-Bench's own tool, the files lying in its data/mt_bench/model_answer:",
                   f"  python gen_judgment.py --mode pairwise-all --model-list {' '.join(file.stem for file in files)}"]  # fmt: skip

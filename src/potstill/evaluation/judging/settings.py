@@ -115,6 +115,8 @@ class JudgingConfig(Config):
     """pairs: which of two answers is better, asked in both orders. grade: each answer alone, from 1 to 10."""
     judge: JudgeConfig | None = None
     """Who judges; null: only write the answers."""
+    annotations: str | None = None
+    """In place of a judge: AlpacaEval's annotations.json, the preferences between the two that were judged elsewhere."""
     writing: WritingConfig = Field(default_factory=WritingConfig)
     """How the models write."""
     folder: Annotated[str, Field(min_length=1)]
@@ -126,4 +128,6 @@ class JudgingConfig(Config):
     def _two_for_a_pair(self):
         if self.style == "pairs" and self.second is None:
             raise ValueError("second: a pair needs two contestants; name the other one, or grade one alone with style: grade")
+        if self.annotations is not None and (self.judge is not None or self.style != "pairs"):
+            raise ValueError("annotations: they are preferences between pairs, in place of a judge; leave out judge, and style: grade")
         return self

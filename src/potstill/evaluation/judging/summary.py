@@ -40,20 +40,23 @@ class Judged:
     samples: int = 30
 
 
-def pairs_record(judged: Judged, matches: Sequence[Match]) -> EvaluationRecord:
-    """The record of pairs; the first contestant's win rate is what it is about."""
+def pairs_record(judged: Judged, matches: Sequence[Match], *, both_orders: bool = True) -> EvaluationRecord:
+    """The record of pairs; the first contestant's win rate is what it is about. Where the orders are not known, neither are the judge's
+    habits, and it has no row."""
     first, second = judged.contestants
     tables = {one.name: contestant_scores(matches, is_first=one is first) for one in judged.contestants}
     parts = {
         one.name: by_category(matches, lambda some, one=one: contestant_scores(some, is_first=one is first)) for one in judged.contestants
     }
-    habits = judge_scores(matches)
+    habits = judge_scores(matches) if both_orders else None
     samples = {
         first.name: _samples(judged, {(m.item, m.turn): _won(m, 1.0) for m in matches}, first),
         second.name: _samples(judged, {(m.item, m.turn): _won(m, 0.0) for m in matches}, second),
         judged.judge: tuple(_judge_sample(judged, match, _pair_words(match, first.name, second.name)) for match in matches),
     }
-    warnings = [*judged.warnings, *_pair_warnings(matches, habits)]
+    left_out = sum(not match.counted for match in matches)
+    found = [f"{left_out:,} of {len(matches):,} pairs have no preference and are left out"] if left_out else []
+    warnings = [*judged.warnings, *(found if habits is None else _pair_warnings(matches, habits))]
     return _record(judged, tables, parts, habits, samples, warnings, "win_rate")
 
 
@@ -70,7 +73,7 @@ def grades_record(judged: Judged, graded: Sequence[Graded]) -> EvaluationRecord:
 
 
 def _record(
-    judged: Judged, tables: Mapping[str, Scores], parts: Mapping[str, Mapping[str, Scores]], habits: Scores,
+    judged: Judged, tables: Mapping[str, Scores], parts: Mapping[str, Mapping[str, Scores]], habits: Scores | None,
     samples: Mapping[str, tuple[Sample, ...]], warnings: Sequence[str], primary: str,
 ) -> EvaluationRecord:  # fmt: skip
     names = [one.name for one in judged.contestants]
@@ -82,7 +85,8 @@ def _record(
         whole = Outcome(tables[one.name], samples[one.name], (_lengths(judged.contestants, one),))
         outcomes = {judged.task: [whole]} | {task: [Outcome(parts[one.name][category])] for task, category in categories.items()}
         models.append(ModelRecord(one.name, outcomes))
-    models.append(ModelRecord(judged.judge, {judged.task: [Outcome(habits, samples[judged.judge])]}))
+    if habits is not None:
+        models.append(ModelRecord(judged.judge, {judged.task: [Outcome(habits, samples[judged.judge])]}))
     pairs = []
     if len(names) == 2:
         for task in tasks:
