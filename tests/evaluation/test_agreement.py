@@ -13,9 +13,11 @@ from potstill.errors import DataError, NonFiniteError
 from potstill.evaluation.agreement import calibration_bin, expected_calibration_error, measure, measure_documents, measure_rows
 from potstill.evaluation.metrics import (
     COLUMN,
+    FORWARD_KL_ROWS,
     METRICS,
     expected_tokens_per_round,
 )
+from potstill.evaluation.row_quantiles import EDGES
 from potstill.evaluation.scores import compare_scores, estimate_over_seeds
 from potstill.models.causal_lm import CausalLM
 from tiny import tiny_llama, tiny_tokenizer
@@ -271,6 +273,15 @@ STUDENT, TEACHER = (0.4, 0.1, 0.3, 0.2), (0.5, 0.3, 0.15, 0.05)
 def test_one_row_has_the_values_of_the_fixture(column, expected):
     student, teacher = (torch.tensor([row], dtype=torch.float64).log() for row in (STUDENT, TEACHER))
     assert measure_rows(student, teacher, torch.tensor([1]))[0, COLUMN[column]].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_row_is_counted_in_the_bin_of_its_distance():
+    student, teacher = (torch.tensor([row, TEACHER], dtype=torch.float64).log() for row in (STUDENT, TEACHER))
+    counts = measure_rows(student, teacher, torch.tensor([1, 1]))[:, FORWARD_KL_ROWS:]
+    assert counts.sum(dim=1).tolist() == [1, 1]
+    (place,) = counts[0].nonzero()[0].tolist()
+    assert EDGES[place - 1] <= 0.2678686671 < EDGES[place]
+    assert counts[1, 0] == 1
 
 
 def test_the_rank_counts_what_the_student_finds_more_likely():
