@@ -108,8 +108,14 @@ def budget_warnings(cells: Sequence[Cell]) -> list[str]:
 
 
 def _differences(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Of each cell, the keys of its recipe whose value is not the same in all cells; null where it has none."""
+    """Of each cell, the keys of its recipe whose value is not the same in all cells; null where it has none, or none that is used."""
     flat = {cell.name: flatten(comparable(cell.built.recipe)) for cell in cells}
+    for cell in cells:
+        if cell.is_sft:  # what stands in its objective by default weighs a teacher that it does not have
+            flat[cell.name] = {key: value for key, value in flat[cell.name].items() if not key.startswith("objective.") or key in _OF_TEXT}
     keys = sorted({key for values in flat.values() for key in values})
     differing = [key for key in keys if len({json.dumps(values.get(key), sort_keys=True) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in differing} for name, values in flat.items()}
+
+
+_OF_TEXT = ("objective.divergence", "objective.reduction")
