@@ -173,3 +173,16 @@ def test_the_command_line_from_a_plan_a_name_and_a_file_to_a_record(place, tmp_p
     primary = {pair["metric"]: (pair["first"], pair["second"]) for pair in written["comparisons"] if pair["family"] == "primary"}
     assert primary == dict.fromkeys(("commonsense_qa/acc", "hellaswag/acc_norm"), ("after", "before"))
     assert "it/s" not in done.stderr
+
+
+def test_each_task_of_a_group_may_have_a_file_of_its_own(place, tmp_path):
+    for number, subset in enumerate(("odd", "even")):
+        text = MINE.replace("task: mine", f"task: mine_{subset}") + f"dataset_name: {subset}\ngeneration_kwargs: {{max_gen_toks: 4}}\n"
+        (tmp_path / f"{subset}.yaml").write_text(text, encoding="utf-8")
+        write_rows(tmp_path / f"{subset}.jsonl", [{"q": f"{subset} {row}", "a": "b"} for row in range(3 + number)])
+    group = tmp_path / "group.yaml"
+    group.write_text("group: mine\ntask: [mine_odd, mine_even]\naggregate_metric_list: [{metric: exact_match}]\n", encoding="utf-8")
+    assert prepare(place, task=str(group), data=str(tmp_path / "{subset}.jsonl")).size == 3 + 4
+    (tmp_path / "even.jsonl").unlink()
+    with pytest.raises(PotstillError, match=r"even\.jsonl: no such file"):
+        prepare(place, task=str(group), data=str(tmp_path / "{subset}.jsonl"))
