@@ -4,7 +4,6 @@ It decides nothing about the data or the loss. Making the arguments also starts 
 """
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def _let_accelerate_shard_on_cpu() -> None:
 
 def training_arguments(
     config: TrainingConfig, folder: Path, *, model: nn.Module, seed: int, num_steps: int, steps_per_epoch: int, validates: bool,
-    local_accumulation: int, trackers: Sequence[str] = (), quiet: bool = False,
+    local_accumulation: int, quiet: bool = False,
 ) -> TrainingArguments:  # fmt: skip
     """The whole of what the Trainer is told. Raises ConfigError for what cannot run here."""
     world_size = launched_ranks()[1]
@@ -59,7 +58,7 @@ def training_arguments(
         # transformers tells of its own changes of defaults; ours are all set here.
         warnings.simplefilter("ignore", FutureWarning)
         args = TrainingArguments(
-            output_dir=str(folder / "trackers" if trackers else folder),  # trackers write there; checkpoints are ours
+            output_dir=str(folder),
             run_name=folder.name,
             max_steps=num_steps,
             per_device_train_batch_size=1,
@@ -86,7 +85,7 @@ def training_arguments(
             save_steps=config.save_steps or steps_per_epoch,
             eval_strategy="steps" if validates else "no",
             eval_steps=config.eval_steps or steps_per_epoch,
-            report_to=list(trackers) or "none",
+            report_to="none",  # trackers are callbacks of ours
             disable_tqdm=quiet,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,

@@ -25,6 +25,7 @@ from potstill.training.order import Division, GlobalOrder
 from potstill.training.processes import Ranks, launched_ranks
 from potstill.training.saving import Kept, Progress, Saver, refuse_full_disk, refuse_smaller
 from potstill.training.seam import DistillationTrainer
+from potstill.training.trackers import tracker_callbacks
 from potstill.training.turns import Beside, Feed
 
 _log = logging.getLogger("potstill")
@@ -84,7 +85,7 @@ def train(
         args = training_arguments(
             config, folder.path, model=distiller, seed=seed, num_steps=num_steps, steps_per_epoch=order.steps_per_epoch,
             validates=validation is not None, local_accumulation=feed.most_streams * config.accumulation // division.over_micro_batches,
-            trackers=trackers, quiet=quiet,
+            quiet=quiet,
         )  # fmt: skip
         ranks = Ranks()
         own = {"seed": seed, "training data": training.fingerprint, "rows of an optimizer step": config.global_batch}
@@ -104,7 +105,8 @@ def train(
         if progress.evaluation_pending or (progress.step < num_steps and not progress.stopped_early):
             trainer = DistillationTrainer(
                 distiller, teacher, feed, args, config=config, ranks=ranks, saver=saver, watch=watch,
-                callbacks=[MetricsToFolder(folder), BestEvaluation(saver.progress, config.early_stopping)],
+                callbacks=[MetricsToFolder(folder), BestEvaluation(saver.progress, config.early_stopping),
+                           *tracker_callbacks(trackers if ranks.first else (), folder, progress.step)],
             )  # fmt: skip
             trainer.run()
         else:
