@@ -180,12 +180,13 @@ def _terminal_table(results: Results, table: TaskTable) -> Table:
         title=Text(f"{results.study.get('title', '')}: {table.task}"), title_justify="left", caption_justify="left",
         caption=Text(f"± is one standard error; {_MARK} larger than its uncertainty, after Holm's correction over the study"),
     )  # fmt: skip
-    for name in ("", "seeds", table.head, f"difference to {other} (95 % interval)", "p (Holm)", "", "seconds a run"):
-        shown.add_column(Text(name), justify="left" if not name else "right")
+    shown.add_column("", overflow="fold")
+    for name in ("seeds", table.head, f"difference to {other} (95 % interval)", "p (Holm)", "seconds a run"):
+        shown.add_column(Text(name), justify="right", overflow="fold")
     for row in table.rows:
-        adjusted = "" if row.pair is None else p_value(row.pair["p_adjusted"])
+        adjusted = "" if row.pair is None else f"{p_value(row.pair['p_adjusted'])} {row.mark}".rstrip()
         cost = "" if row.seconds is None else f"{row.seconds:,.0f}"
-        cells = (row.name, str(row.seeds), plus_minus(row.value), row.difference, adjusted, row.mark, cost)
+        cells = (row.name, str(row.seeds), plus_minus(row.value), row.difference, adjusted, cost)
         shown.add_row(*map(Text, cells), style="dim" if row.is_teacher else "")
     return shown
 

@@ -19,7 +19,7 @@ def results_markdown(results: Results, pictures: Mapping[str, str]) -> str:
     for table in results.tables:
         parts += [f"## {escaped(table.task)}", _table(table), f"![{escaped(table.task)}]({pictures[table.task]})"]
     parts += [escaped(found.sentence) for found in results.steps]
-    parts += _section("In words", [pair["verdict"] for pair in results.pairs])
+    parts += _section("In words", [f"{pair['task']}, {pair['verdict']}" for pair in results.pairs])
     parts += _section("The gap to the teacher", [_recovered(entry) for entry in results.record.get("recovered", ())])
     parts += _section("Held equal", _equal(study))
     parts += _section("Warnings", [*study.get("warnings", ()), *results.record.get("warnings", ())])
@@ -35,7 +35,7 @@ def _table(table: TaskTable) -> str:
     heads = ["", "seeds", table.head, "difference (95 % interval)", "p (Holm)", ""]
     lines = [heads, ["---", *["---:"] * 4, "---"]]
     for row in table.rows:
-        against = "" if row.pair is None else escaped(f"to {row.pair['second']}: ")
+        against = "" if row.pair is None else f"to {escaped(row.pair['second'])}: "
         adjusted = "" if row.pair is None else escaped(p_value(row.pair["p_adjusted"]))
         said = against + escaped(row.difference) if row.difference else ""
         lines.append([escaped(row.name), str(row.seeds), plus_minus(row.value), said, adjusted, "significant" if row.mark else ""])
