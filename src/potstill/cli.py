@@ -11,8 +11,7 @@ import typer
 
 from potstill.cli_judge import judge
 from potstill.cli_study import studies_app, study
-from potstill.environment import quiet_libraries as _quiet_libraries
-from potstill.environment import redact_text
+from potstill.environment import quiet_libraries, redact_text
 from potstill.errors import PotstillError
 from potstill.interruption import follow_leash
 
@@ -44,7 +43,7 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """The main job in minutes, offline, on data that it makes itself: a teacher, its students with and without it, and a table."""
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.quickstart import quickstart as start
 
     start(folder, fresh=fresh, scramble_teacher=scramble_teacher, quiet=quiet)
@@ -76,7 +75,7 @@ def _train(
     recipe = read_recipe(name, overrides or ())
     refuse_command(command, recipe, name)
     precheck(recipe)
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.assemble import run
 
     run(recipe, command=command, fresh=fresh, override_resume=override_resume or [], quiet=quiet)
@@ -90,7 +89,7 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     read = read_recipe(recipe, overrides or ())
     precheck(read)
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.check import check as look
 
     raise typer.Exit(look(read))
@@ -109,7 +108,7 @@ def capture(
 
     read = read_recipe(recipe, overrides or ())
     share = precheck_capture(read, recipe, shard, engine)
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.capturing import capture_recipe
 
     capture_recipe(read, recipe, overrides or (), shard=share, engine=engine, quiet=quiet)
@@ -123,7 +122,7 @@ def generate(recipe: RecipeArgument, overrides: Overrides = None, quiet: Quiet =
 
     read = read_recipe(recipe, overrides or ())
     precheck_generate(read, recipe)
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.generating import generate_recipe
 
     generate_recipe(read, quiet=quiet)
@@ -138,7 +137,7 @@ def cache_inspect(
     teacher: Annotated[str | None, typer.Option(metavar="RECIPE", help="Also ask this recipe's teacher, for what records lose.")] = None,
 ) -> None:  # fmt: skip
     """Answers, bytes a token, the mass of the kept ids, provenance; with a teacher at hand also what the records lose against it."""
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.caches import inspect_cache
 
     sys.stdout.write(_safe(inspect_cache(path, teacher, overrides or ())))
@@ -151,7 +150,7 @@ def cache_verify(
     drop: Annotated[bool, typer.Option("--drop", help="Leave out what is damaged, so that the next capture asks for it again.")] = False,
 ) -> None:  # fmt: skip
     """Compares every record with its checksum. Exit code 1 where something is damaged or missing."""
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.recipes.caches import verify_cache
 
     text, code = verify_cache(path, recipe, overrides or (), drop=drop)
@@ -211,7 +210,7 @@ def evaluate(
     config, output = evaluation_request(
         models or (), data or (), format, teacher, output, settings or (), plan=plan, tasks=task or (), baseline=baseline
     )
-    _quiet_libraries()
+    quiet_libraries()
     from potstill.evaluation.evaluate import evaluate as measure
     from potstill.recipes.checkpoints import with_students
     from potstill.reporting.terminal import print_evaluation
@@ -220,9 +219,6 @@ def evaluate(
     if output is not None:
         sys.stdout.write(_safe(f"written to {output}\n"))
 
-
-app.command()(judge)
-app.command()(study)
 
 
 @app.command()
@@ -262,14 +258,13 @@ def export(
     from potstill.recipes.request import export_request
 
     config = export_request(run, dtype)
+    quiet_libraries()
     if config is None:
-        _quiet_libraries()
         from potstill.recipes.checkpoints import export_checkpoint
 
         for folder in export_checkpoint(Path(run), Path(output), merge=merge, dtype=dtype):
             sys.stdout.write(_safe(f"written to {folder}\n"))
         return
-    _quiet_libraries()
     from potstill.recipes.exporting import export_run
 
     for folder in export_run(config, Path(output), merge=merge, run=Path(run)):
@@ -284,8 +279,9 @@ def show_keys() -> None:
     sys.stdout.write(markdown())
 
 
+app.command()(judge)
+app.command()(study)
 # ---------------------------------------------------------------- what every command shares
-
 
 # typer brings a click of its own in some versions; this is the base of its errors in all of them.
 _USAGE_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
