@@ -126,6 +126,7 @@ def test_code_of_the_hub_is_refused_while_the_harness_works_and_no_longer():
     with quietly(), pytest.raises(PotstillError, match=r"run code of the hub \(evaluate.load\('rouge'\)\)"):
         evaluate.load("rouge")
     assert evaluate.load is before
+    assert before.__module__.startswith("evaluate")  # tests before this one left nothing behind
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet", "jsonl.gz"])
