@@ -44,7 +44,7 @@ class ByPosition:
         """(middles of the buckets that hold rows, the mean of a column over the rows in each)."""
         counts = self.sums[:, COLUMN["targets"]]
         held = np.flatnonzero(counts)
-        return tuple(middle(bucket) for bucket in held), tuple(float(self.sums[b, COLUMN[column]] / counts[b]) for b in held)
+        return tuple(middle(int(bucket)) for bucket in held), tuple(float(self.sums[b, COLUMN[column]] / counts[b]) for b in held)
 
     def series(self, names: Mapping[str, tuple[str, str]]) -> tuple[Series, ...]:
         """One picture a column: `names` gives its label and what stands at its y axis."""

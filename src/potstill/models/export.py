@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from potstill import storage
 from potstill.errors import StorageError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.config import Dtype, LoadingConfig
@@ -24,7 +25,7 @@ from potstill.models.loading import load_model
 from potstill.models.merging import merged_weights
 from potstill.models.proofs import probe_logits, typical_distance
 from potstill.models.requirements import quantisation_of
-from potstill.storage import commit_folder, make_folder, require_free, write_tensors, write_text
+from potstill.storage import commit_folder, make_folder, require_free, write_tensors
 
 STUDENT, ADAPTER = "student", "adapter"
 CARD = "README.md"
@@ -87,7 +88,7 @@ def export_student(
 
 def _write_card(cards: Mapping[str, str] | None, folder: str, at: Path) -> None:
     if cards is not None and folder in cards:
-        write_text(at / CARD, cards[folder])
+        storage.write_text(at / CARD, cards[folder])
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
