@@ -90,6 +90,18 @@ def test_two_seeds_that_disagree_decide_nothing_however_many_the_items():
     assert "2 seeds" in found.method
 
 
+@pytest.mark.parametrize("num_items", [2, 5, 7, 8, 30])
+@pytest.mark.parametrize("num_seeds", [None, 2])
+def test_differences_that_are_all_alike_are_worth_the_tosses_of_a_coin(num_items, num_seeds):
+    """Without a spread Student's t would be sure of two items."""
+    shape = (num_items,) if num_seeds is None else (num_seeds, num_items)
+    second = np.broadcast_to(np.linspace(0.1, 0.7, num_items), shape)
+    found = compare(ratio(), with_counts(second + 0.1), with_counts(second))
+    assert found.p_value >= 0.5 ** (num_items - 1)
+    assert found.is_significant == (num_items > 5)
+    assert compare(ratio(), with_counts(second), with_counts(second)).p_value == 1
+
+
 def test_many_items_are_drawn_in_parts_without_a_trace(monkeypatch):
     import potstill.evaluation.comparison as comparison
 

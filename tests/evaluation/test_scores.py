@@ -76,6 +76,28 @@ def test_answers_that_are_right_or_wrong_get_the_exact_test_and_others_the_boots
     assert compare_scores("accuracy", [first, second], [second, first]).method.startswith("Student's t")
 
 
+def sparse(generator, held, num_items=60) -> Scores:
+    """A metric of which only some items hold anything."""
+    counted = np.zeros(num_items)
+    counted[held] = 1
+    totals = np.stack([counted * generator.normal(0, 1, num_items), counted], axis=1)
+    return Scores(tuple(map(str, range(num_items))), ("sum", "counted"), totals, {"m": mean("m", "sum", counted="counted")})
+
+
+def test_items_that_hold_nothing_of_a_metric_lend_it_no_certainty():
+    generator = np.random.default_rng(0)
+    found = [compare_scores("m", [sparse(generator, slice(4))], [sparse(generator, slice(4))]) for _ in range(200)]
+    assert np.mean([one.is_significant for one in found]) < 0.09
+    assert all(np.isfinite([one.low, one.high, one.smallest_visible]).all() for one in found)
+    alone = sparse(generator, slice(4))
+    four = Scores(alone.items[:4], alone.columns, alone.totals[:4], alone.metrics)
+    assert alone.estimate("m") == four.estimate("m")
+    assert estimate_over_seeds("m", [alone, alone]) == estimate_over_seeds("m", [four, four])
+    # The other model's items may be others: a draw that misses all of one's says nothing, and is no evidence.
+    apart = [compare_scores("m", [sparse(generator, slice(4))], [sparse(generator, slice(30, 60))]) for _ in range(40)]
+    assert all(np.isfinite([one.low, one.high]).all() for one in apart)
+
+
 def test_only_the_same_items_are_compared():
     with pytest.raises(ValueError, match="different items"):
         compare_scores("accuracy", [answers([1, 0, 1])], [answers([1, 0, 1], shift=1)])

@@ -99,6 +99,15 @@ def test_answers_that_are_all_right_or_all_wrong_are_not_certain(right):
     assert found.standard_error > 0.02
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_interval_of_a_share_ends_at_nothing_and_at_all(seeds):
+    few = np.zeros((seeds, 40))
+    few[0, 0] = 1
+    assert proportion_across_seeds(few).interval()[0] == 0
+    assert proportion_across_seeds(1 - few).interval()[1] == 1
+    assert 0 < proportion_across_seeds(1 - few).interval()[0] < 39 / 40
+
+
 def test_the_error_of_a_proportion_in_the_middle_is_the_usual_one():
     assert proportion_of([1] * 400 + [0] * 600).standard_error == pytest.approx(np.sqrt(0.4 * 0.6 / 1000), rel=0.01)
 

@@ -26,6 +26,7 @@ _WEIGHTS_AT_ONCE = 4_000_000
 _FEWEST_DISCORDANT = 6
 # With fewer the bootstrap's level would lie beyond what its draws resolve.
 _FEWEST_DRAWN = 8
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ def compare(statistic: Statistic, first: np.ndarray, second: np.ndarray, *, unit
         raise ValueError("the difference is not a finite number: an item holds every unit that is counted, or none holds any")
     difference = Estimate(joined.value, error, num_items * num_seeds, unit, num_items, joined.critical)
     smallest = (joined.critical + joined.quantile(POWER)) * error
+    # Differences that are all alike have no spread to judge by; that they have one sign is a coin's I tosses.
+    least = 0.5 ** (num_items - 1) if error <= _ROUNDING * abs(joined.value) else 0.0
     if num_seeds == 1 and num_items >= _FEWEST_DRAWN:
         low, high, p_value = _bootstrap(statistic, first[0], second[0], error, draws, seed)
-        return Comparison(difference, low, high, p_value, smallest, f"paired bootstrap over {num_items} items, {draws} draws")
+        return Comparison(difference, low, high, max(p_value, least), smallest, f"paired bootstrap over {num_items} items, {draws} draws")
     half = joined.critical * error
     over = ", too few to be drawn again" if num_seeds == 1 else f" and {num_seeds} seeds, each with its own degrees of freedom"
     method = f"Student's t over {num_items} items{over}"
-    return Comparison(difference, joined.value - half, joined.value + half, joined.p_value, smallest, method)
+    return Comparison(difference, joined.value - half, joined.value + half, max(joined.p_value, least), smallest, method)
 
 
 def compare_correct(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> Comparison:
@@ -191,11 +194,13 @@ def _bootstrap(
         weights = generator.multinomial(num_items, np.full(num_items, 1 / num_items), size=part.size).astype(np.float64)
         parts.append(statistic(weights @ first) - statistic(weights @ second))
     drawn = np.concatenate(parts)
+    # A draw of items that all lack what is counted says nothing.
+    drawn = drawn[np.isfinite(drawn)]
     shrunk = sqrt((num_items - 1) / num_items)  # a bootstrap draw varies by (I - 1) / I of the sample's variance
     tail = NormalDist().cdf(student_t_quantile((1 - CONFIDENCE) / 2, num_items - 1) / shrunk)
     low, high = np.quantile(drawn, [tail, 1 - tail])
     crossed = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
-    share = min((crossed + 1) / (draws + 1), 0.5)
+    share = min((crossed + 1) / (drawn.size + 1), 0.5)
     p_value = student_t_tail(NormalDist().inv_cdf(share) * shrunk, num_items - 1)
     if crossed == 0 and error > 0:
         p_value = min(p_value, student_t_tail(observed / error, num_items - 1))

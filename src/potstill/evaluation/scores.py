@@ -181,10 +181,10 @@ def estimate_over_seeds(name: str, runs: Sequence[Scores]) -> Estimate:
     metric = first.metrics[name]
     if all(run.is_yes_or_no(name) for run in runs):
         return proportion_across_seeds(np.stack([run.column(metric.formula.columns[0]) for run in runs]))
-    statistic = metric.formula.statistic(first.columns)
+    statistic, kept = metric.formula.statistic(first.columns), _held(metric, runs)
     if len(runs) == 1:
-        return estimate(statistic, first.totals, count=first.count(name), unit=metric.unit)
-    return across_seeds(statistic, np.stack([run.totals for run in runs]), count=first.count(name), unit=metric.unit)
+        return estimate(statistic, first.totals[kept], count=first.count(name), unit=metric.unit)
+    return across_seeds(statistic, np.stack([run.totals[kept] for run in runs]), count=first.count(name), unit=metric.unit)
 
 
 def compare_scores(name: str, first: Sequence[Scores], second: Sequence[Scores], *, seed: int = 0) -> Comparison:
@@ -194,10 +194,17 @@ def compare_scores(name: str, first: Sequence[Scores], second: Sequence[Scores],
     if all(run.is_yes_or_no(name) for run in (*first, *second)):
         right = metric.formula.columns[0]
         return compare_correct(np.stack([run.column(right) for run in first]), np.stack([run.column(right) for run in second]), seed=seed)
-    statistic = metric.formula.statistic(first[0].columns)
-    return compare(
-        statistic, np.stack([run.totals for run in first]), np.stack([run.totals for run in second]), unit=metric.unit, seed=seed
-    )
+    statistic, kept = metric.formula.statistic(first[0].columns), _held(metric, [*first, *second])
+    ours, theirs = (np.stack([run.totals[kept] for run in runs]) for runs in (first, second))
+    return compare(statistic, ours, theirs, unit=metric.unit, seed=seed)
+
+
+def _held(metric: Metric, runs: Sequence[Scores]) -> np.ndarray:
+    """Which items [I] hold anything of a metric in any of the runs. The others say nothing of it, and would pass for certainty: with 3 of
+    60 items counted, equal models were told apart 24 times in 100. All of them where none does."""
+    places = [runs[0].columns.index(name) for name in metric.formula.columns]
+    found = np.any([run.totals[:, places] != 0 for run in runs], axis=(0, 2))
+    return found if found.any() else np.ones_like(found)
 
 
 def _refuse_other_items(runs: Sequence[Scores]) -> None:

@@ -6,7 +6,7 @@ independent, so the document is what is left out (jackknife) or drawn again (boo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +24,7 @@ class Estimate:
 
     `count` is how many units the value averages (target tokens, questions); `num_clusters` how many independent ones (documents,
     questions) its standard error rests on. `critical` is the half-width of the 95 percent interval in standard errors, where it is
-    not that of Student's t over the clusters.
+    not that of Student's t over the clusters. The interval of what `is_share` of a whole ends at 0 and 1.
     """
 
     value: float
@@ -33,13 +33,15 @@ class Estimate:
     unit: str = ""
     num_clusters: int | None = None
     critical: float | None = None
+    is_share: bool = False
 
     def interval(self) -> tuple[float, float] | None:
         """The 95 percent confidence interval; None where the standard error is unknown."""
         if self.standard_error is None:
             return None
         critical = self.critical or student_t_quantile(0.5 + CONFIDENCE / 2, (self.num_clusters or self.count) - 1)
-        return self.value - critical * self.standard_error, self.value + critical * self.standard_error
+        low, high = self.value - critical * self.standard_error, self.value + critical * self.standard_error
+        return (max(low, 0.0), min(high, 1.0)) if self.is_share else (low, high)
 
 
 def ratio(numerator: int = 0, denominator: int = 1) -> Statistic:
@@ -97,7 +99,8 @@ def proportion_of(correct: Sequence[bool] | np.ndarray) -> Estimate:
     """
     num_yes, num_items = float(np.sum(correct)), len(correct)
     adjusted = (num_yes + 2) / (num_items + 4)
-    return Estimate(num_yes / num_items, float(np.sqrt(adjusted * (1 - adjusted) / (num_items + 4))), num_items, "", num_items)
+    error = float(np.sqrt(adjusted * (1 - adjusted) / (num_items + 4)))
+    return Estimate(num_yes / num_items, error, num_items, "", num_items, is_share=True)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def proportion_across_seeds(correct: np.ndarray) -> Estimate:
     correct = np.asarray(correct, dtype=np.float64)
     if correct.shape[0] == 1 or correct.min() == correct.max():
         return proportion_of(correct[0])
-    return across_seeds(ratio(), np.stack([correct, np.ones_like(correct)], axis=-1), count=correct.shape[1])
+    return replace(across_seeds(ratio(), np.stack([correct, np.ones_like(correct)], axis=-1), count=correct.shape[1]), is_share=True)
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
