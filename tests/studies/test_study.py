@@ -127,7 +127,11 @@ def test_what_a_study_says_of_its_cells(unbroken):
     order = [(unbroken / "runs" / name / "samples.jsonl").read_text() for name in ("sft-0", "kd_ratio=0.5-0")]
     assert order[0] == order[1]
     record = read_json(unbroken / "evaluation" / "study.json")
-    assert {(one["first"], one["second"]) for one in record["comparisons"]} == {("kd_ratio=0.5", "sft")}
+    # The students of these cells begin from one saved model, which is what training changed.
+    pairs = {(one["first"], one["second"], one["family"]) for one in record["comparisons"]}
+    both = {(name, "before training", f"{family}, since before") for name in ("sft", "kd_ratio=0.5") for family in ("primary", "secondary")}
+    assert pairs == both | {("kd_ratio=0.5", "sft", "primary"), ("kd_ratio=0.5", "sft", "secondary")}
+    assert record["before"] == "before training"
 
 
 def test_a_finished_study_runs_nothing_and_a_report_reads_it(unbroken, capfd):

@@ -195,9 +195,13 @@ def _record(config: EvaluationConfig, tasks: Sequence[Task], rows: _Rows, comput
         facts = {key: value for key, value in outcome.data.items() if key != "parameters"}
         records.append(TaskRecord(task.name, task.kind, outcome.scores.primary, task.role, facts))
     students = [model for model in models if not model.is_teacher]
+    baseline = _baseline(config, students)
+    pairs = _pairs(config, students)
+    # Where everything is compared with the student before training, that is the question itself.
+    before = config.before if config.before != baseline else None
     return EvaluationRecord(
-        title=_title(config), tasks=records, models=models, comparisons=compare_models(records, _pairs(config, students)),
-        data={"computed": computed}, baseline=_baseline(config, students), before=config.before,
+        title=_title(config), tasks=records, models=models, comparisons=compare_models(records, pairs, before=before),
+        data={"computed": computed}, baseline=baseline, before=config.before,
         shown_samples=config.samples, with_items=config.items,
     )  # fmt: skip
 
@@ -216,6 +220,8 @@ def _pairs(config: EvaluationConfig, students: Sequence[ModelRecord]) -> list[tu
     for other in against:
         for model in students:
             pair = frozenset((model.name, other))
+            if model.name == config.before and other != config.before:
+                continue  # it is what others are measured from
             if model.name != other and pair not in seen:
                 seen.add(pair)
                 pairs.append((model, by_name[other]))

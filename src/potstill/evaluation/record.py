@@ -16,6 +16,7 @@ from potstill.evaluation.task import Outcome
 from potstill.evaluation.task_config import Role
 
 VERSION = 2
+SINCE_BEFORE = ", since before"
 
 
 def key_of(task: str, metric: str) -> str:
@@ -58,7 +59,8 @@ class ModelRecord:
 class PairRecord:
     """One comparison: `first` minus `second`, names of two rows of the table, in a metric of a task.
 
-    `p_adjusted` is Holm's over the comparisons of its family: the tasks' own metrics are one, all others of the record another.
+    `p_adjusted` is Holm's over the comparisons of its family: the tasks' own metrics are one ("primary"), all others of the record another
+    ("secondary"), and those with the student before training two more.
     """
 
     task: str
@@ -183,10 +185,13 @@ class EvaluationRecord:
         ]  # fmt: skip
 
 
-def compare_models(tasks: Iterable[TaskRecord], pairs: Iterable[tuple[ModelRecord, ModelRecord]]) -> list[PairRecord]:
-    """Every metric that both of a pair have, each family corrected by Holm; a task whose items differ is left out by `compare_scores`.
+def compare_models(
+    tasks: Iterable[TaskRecord], pairs: Iterable[tuple[ModelRecord, ModelRecord]], *, before: str | None = None
+) -> list[PairRecord]:
+    """Every metric that both of a pair have, each family corrected by Holm.
 
-    Raises ValueError where two models answered other items of one task.
+    What is compared with the row `before` asks another question, what training changed, and makes families of its own. Raises ValueError
+    where two models answered other items of one task.
     """
     found = []
     for first, second in pairs:
@@ -202,7 +207,7 @@ def compare_models(tasks: Iterable[TaskRecord], pairs: Iterable[tuple[ModelRecor
                     continue
                 if not all(run.is_measured(name) for run in (*ours, *theirs) if name in run.metrics):
                     continue
-                family = "primary" if name == task.primary else "secondary"
+                family = ("primary" if name == task.primary else "secondary") + (SINCE_BEFORE if second.name == before else "")
                 comparison = compare_scores(name, _same_columns(ours, name), _same_columns(theirs, name))
                 found.append(PairRecord(task.name, name, metric, first.name, second.name, comparison, family))
     return corrected(found)

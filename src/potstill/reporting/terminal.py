@@ -26,7 +26,7 @@ def print_evaluation(record: Mapping[str, Any], console: Console | None = None) 
     several = len(record.get("tasks", ())) > 1
     unclear = 0
     for pair in record["comparisons"]:
-        if pair.get("family") == "secondary" and not pair["is_significant"]:
+        if pair.get("family", "").startswith("secondary") and not pair["is_significant"]:
             unclear += 1
             continue
         task = f"{pair['task']}, " if several else ""

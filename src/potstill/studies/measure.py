@@ -18,6 +18,9 @@ from potstill.studies.references import real_paths, resolve, stand_ins
 from potstill.studies.schedule import State
 
 RECORD = "evaluation/study.json"
+BEFORE = "before training"
+"""The row of the student from which every cell begins, where that is one trained model: what was forgotten is measured from it."""
+_OF_THE_TRAINING = ("lora", "activation_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,25 @@ def measuring(plan: Plan, found: Comparable) -> EvaluationConfig:
     }  # fmt: skip
     against = {cell.name: cell.against for cell in plan.cells if cell.name in found.cells and cell.against in found.cells}
     values: dict[str, Any] = {**document.values, "models": students, "store": str(plan.folder / "evaluation" / "store")}
+    start = _start(plan, found)
+    if start is not None:
+        values["models"] = {BEFORE: [start], **students}
+        values["before"] = BEFORE
     if len(set(against.values())) == 1:
         values["baseline"] = next(iter(against.values()))
     else:
         values["against"] = against
     document.values = values
     return build(EvaluationConfig, document, plan.study.source)
+
+
+def _start(plan: Plan, found: Comparable) -> dict[str, Any] | None:
+    """The student before training, if all cells begin from one that has learned something, and from none that the study itself trains."""
+    begun = [plan.run_of(name, found.seeds[0]).values["student"] for name in found.cells]
+    models = [{key: value for key, value in student.items() if key not in _OF_THE_TRAINING} for student in begun]
+    made_here = str(plan.folder)
+    same = bool(models) and all(model == models[0] for model in models) and not str(models[0]["path"]).startswith(made_here)
+    return models[0] if same and models[0].get("weights", "pretrained") == "pretrained" else None
 
 
 def measure(plan: Plan, found: Comparable, *, console: Console | None = None, quiet: bool = False) -> None:
