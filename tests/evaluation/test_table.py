@@ -158,6 +158,6 @@ def test_a_request_that_makes_no_table_is_refused(place, changes, message):
 
 
 def test_two_tasks_of_one_name_are_refused(place):
-    config = request(place, SEEDS)
-    with pytest.raises(Exception, match=r"tasks\[1\]\.name: 'near' is tasks\[0\] already"):
-        evaluate(config.model_copy(update={"tasks": [config.tasks[0], config.tasks[0]]}), quiet=True)
+    task = request(place, SEEDS).tasks[0]
+    with pytest.raises(ValueError, match=r"tasks\[1\]\.name: 'near' is tasks\[0\] already"):
+        request(place, SEEDS, tasks=[task, task])

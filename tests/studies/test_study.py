@@ -1,5 +1,6 @@
 """Whole studies of real commands on tiny models: broken off and finished they say what an unbroken one says; failures stay alone."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from potstill.errors import RunFolderError, UsageError
 from potstill.interruption import LEASH
@@ -235,3 +237,51 @@ def test_killed_at_any_moment(place, unbroken, seconds, start):
     assert study(str(file), quiet=True) == 0
     assert (out / "evaluation" / "study.json").read_bytes() == (unbroken / "evaluation" / "study.json").read_bytes()
     assert without_costs(read_json(out / "study.json")) == without_costs(read_json(unbroken / "study.json"))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("[{kind: questions, data: {train: nowhere.jsonl}}]", "evaluation: nowhere.jsonl: no such file"),
+        ("[{kind: samples, data: {train: FOLDER/r.yaml}}]", "evaluation: .*r.yaml"),
+        ("[{kind: questions, checker: 'own.py:f', data: {train: FOLDER/rows.jsonl}}]", "evaluation: .*checker: own.py:f: no such file"),
+        ("[{kind: text, data: {train: FOLDER/rows.jsonl}}, {kind: text, data: {train: FOLDER/rows.jsonl}}]", "'rows' is tasks.0. already"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(place, tasks, said):
+    file, out = write_study(place, "unmeasurable")
+    with pytest.raises(UsageError, match=said):
+        study(str(file), [f"evaluation.tasks={tasks.replace('FOLDER', str(place))}"], quiet=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("{kind: harness, task: hellaswag, data: nowhere.jsonl}", "evaluation: nowhere.jsonl: no such file"),
+        ("{kind: harness, task: nowhere.yaml}", "evaluation: nowhere.yaml: no such file"),
+        ("{kind: harness, task: hellaswagg, data: FOLDER/rows.jsonl}", "evaluation: hellaswagg: .*did you mean hellaswag"),
+        ("{kind: harness, task: hellaswag, data: FOLDER/rows.jsonl}", "evaluation: .*rows.jsonl: hellaswag needs the column"),
+    ],
+)
+def test_a_task_that_the_harness_cannot_ask_is_refused_before_anything_is_trained(place, task, said):
+    pytest.importorskip("lm_eval")
+    file, out = write_study(place, "unasked")
+    with pytest.raises(UsageError, match=said):
+        study(str(file), [f"evaluation.tasks=[{task.replace('FOLDER', str(place))}]"], quiet=True)
+    assert not out.exists()
+
+
+def test_a_task_beside_a_teacher_that_is_not_named_is_refused_before_anything_is_trained(place):
+    file, out = write_study(place, "alone")
+    tasks = f"[{{kind: speculation, data: {{train: {place}/rows.jsonl}}}}]"
+    with pytest.raises(UsageError, match=r"tasks\[0\]: speculation compares the student with a teacher"):
+        study(str(file), [f"evaluation.tasks={tasks}", "evaluation.teacher=null"], quiet=True)
+    assert not out.exists()
+
+
+def test_a_title_with_marks_of_the_terminal_is_printed_as_it_is(place):
+    file, _ = write_study(place, "titled")
+    console = Console(record=True, width=120, file=io.StringIO())
+    assert study(str(file), ["title='What [red] adds'"], dry_run=True, console=console) == 0
+    assert "What [red] adds" in console.export_text()

@@ -55,6 +55,17 @@ class MeasuringConfig(Config):
     items: bool = False
     """Record every item's own numbers too."""
 
+    @model_validator(mode="after")
+    def _tasks_go_together(self) -> "MeasuringConfig":
+        first: dict[str, int] = {}
+        for place, task in enumerate(self.tasks):
+            if first.setdefault(task.label, place) != place:
+                before = first[task.label]
+                raise ValueError(f"tasks[{place}].name: {task.label!r} is tasks[{before}] already; give one of them another name")
+            if self.teacher is None and task.needs_teacher:
+                raise ValueError(f"tasks[{place}]: {task.kind} compares the student with a teacher; name one, or leave the task out")
+        return self
+
 
 class EvaluationConfig(MeasuringConfig):
     """A table: models down, tasks across."""
@@ -85,9 +96,6 @@ class EvaluationConfig(MeasuringConfig):
                 raise ValueError(f"against.{name}: a row cannot be compared with itself")
         if self.against and self.baseline is not None:
             raise ValueError("against: says what each row is compared with, and so does baseline for all; leave one of them out")
-        if self.teacher is None and (alone := [place for place, task in enumerate(self.tasks) if task.needs_teacher]):
-            task = self.tasks[alone[0]]
-            raise ValueError(f"tasks[{alone[0]}]: {task.kind} compares the student with a teacher; name one, or leave the task out")
         if empty := [name for name, seeds in self.models.items() if not seeds]:
             raise ValueError(f"models.{empty[0]}: names no model")
         if len({len(seeds) for seeds in self.models.values() if len(seeds) > 1}) > 1:

@@ -2,20 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from potstill.errors import ConfigError
 from potstill.evaluation.config import AnyTask
 from potstill.evaluation.task import Task
 
 
 def make_tasks(configs: Sequence[AnyTask]) -> list[Task]:
-    """Raises ConfigError where two tasks would share a name."""
-    tasks = [_MAKERS[config.kind](config) for config in configs]
-    seen: dict[str, int] = {}
-    for place, task in enumerate(tasks):
-        if task.name in seen:
-            raise ConfigError(f"tasks[{place}].name: {task.name!r} is tasks[{seen[task.name]}] already; give one of them another name")
-        seen[task.name] = place
-    return tasks
+    """The tasks that a request names, in its order. Raises ConfigError for one that cannot be made."""
+    return [_MAKERS[config.kind](config) for config in configs]
 
 
 def _text(config) -> Task:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from potstill.data.config import DataConfig, MixtureItem
 from potstill.errors import ConfigError, ModelError, UsageError
+from potstill.evaluation.config import AnyTask, MeasuringConfig
+from potstill.evaluation.harness_config import HarnessTaskConfig
+from potstill.evaluation.questions_config import QuestionsTaskConfig
 from potstill.models.config import LoadingConfig
 from potstill.recipes.fitting import Single, members
 from potstill.recipes.schema import Recipe
@@ -139,6 +142,36 @@ def check_data(config: DataConfig) -> None:
         rows = read_source(item, rejects, config.text_rows)
         columns = config.columns if item.columns is None else item.columns
         check_columns(rows, Reading(item.format or config.format, columns, config.instruct_prompt), item.path, rejects)
+
+
+def check_tasks(config: MeasuringConfig) -> None:
+    """Raises DataError, ConfigError or UsageError for the first task whose files, checker or package are not there."""
+    for task in config.tasks:
+        _check_task(task)
+
+
+def _check_task(task: AnyTask) -> None:
+    if isinstance(task, HarnessTaskConfig):
+        _check_harness(task)
+        return
+    check_data(task.data)
+    if isinstance(task, QuestionsTaskConfig):
+        from potstill.rollouts.checkers import make_checker
+
+        make_checker(task.checker, f"{task.label}: checker")
+
+
+def _check_harness(task: HarnessTaskConfig) -> None:
+    from potstill.evaluation.harness.catalogue import harness_folder
+    from potstill.evaluation.harness.rows import SUBSET, require_file
+
+    harness_folder()
+    if task.file is not None and not task.file.is_file():
+        raise UsageError(f"{task.task}: no such file; a task is a name of lm-evaluation-harness or a YAML file that describes one")
+    files = [task.data] if isinstance(task.data, str) else list((task.data or {}).values())
+    for file in files:
+        if SUBSET not in file:
+            require_file(file, task.task)
 
 
 def _sources(config: DataConfig) -> Iterable[MixtureItem]:

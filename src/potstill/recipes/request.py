@@ -7,12 +7,9 @@ from typing import Any
 
 from potstill.errors import RunFolderError, UsageError
 from potstill.evaluation.config import EvaluationConfig, refuse_output
-from potstill.evaluation.prompted_config import PromptedTaskConfig
-from potstill.evaluation.task_config import TextTaskConfig
-from potstill.evaluation.writing_config import WritingTaskConfig
 from potstill.models.config import LoadingConfig
 from potstill.recipes.mistakes import build, show
-from potstill.recipes.precheck import check_data, check_model
+from potstill.recipes.precheck import check_model, check_tasks
 from potstill.recipes.read import apply_override, read_text, recipe_from_values
 from potstill.recipes.schema import Recipe
 from potstill.recipes.text import Document, parse
@@ -81,9 +78,7 @@ def evaluation_request(
                 check_model(f"models.{name}[{place}]" if len(named) != 1 or len(seeds) > 1 else "model", model)
     if config.teacher is not None and not is_checkpoint(Path(config.teacher.path).expanduser()):
         check_model("teacher", config.teacher)
-    for task in config.tasks:
-        if isinstance(task, (TextTaskConfig, WritingTaskConfig, PromptedTaskConfig)):
-            check_data(task.data)
+    check_tasks(config)
     return config, output if output is not None else _own_place(models, config, teacher)
 
 

@@ -84,7 +84,7 @@ def show_costs(plan: Plan, due: Mapping[str, Job], console: Console) -> None:
     rows |= {cell.name: [plan.run_of(cell.name, seed) for seed in plan.study.config.seeds] for cell in plan.cells}
     pace = Pace(list(plan.jobs.values()))
     rate = _seconds_an_operation(rows, costs, pace)
-    table = Table(box=None, pad_edge=False, title=printable(plan.study.config.title), title_justify="left")
+    table = Table(box=None, pad_edge=False, title=Text(printable(plan.study.config.title)), title_justify="left")
     for column in ("run", "left", "teacher", "steps", "target tokens", "operations", "time", "disk"):
         table.add_column(column, justify="left" if column in ("run", "teacher") else "right", overflow="fold")
     seconds: list[float | None] = []

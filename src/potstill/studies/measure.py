@@ -9,9 +9,9 @@ from rich.console import Console
 
 from potstill.errors import ConfigError, PotstillError
 from potstill.evaluation.config import EvaluationConfig, MeasuringConfig
-from potstill.evaluation.task_config import TextTaskConfig
+from potstill.evaluation.harness_config import HarnessTaskConfig
 from potstill.recipes.mistakes import build
-from potstill.recipes.precheck import check_data, check_model
+from potstill.recipes.precheck import check_model, check_tasks
 from potstill.recipes.text import Document
 from potstill.studies.plan import Plan
 from potstill.studies.references import real_paths, resolve, stand_ins
@@ -54,19 +54,38 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def precheck_measuring(plan: Plan) -> None:
     """Raises ConfigError, ModelError or DataError for what cannot be measured, as far as that shows before anything runs."""
-    if plan.study.config.evaluation is None:
+    config = _asked(plan)
+    if config is None:
         return
-    document = _document(plan)
-    resolve(document, plan.before, stand_ins({name: built.checked.student.path for name, built in plan.before.items()}))
-    config = build(MeasuringConfig, document, plan.study.source)
     try:
         if config.teacher is not None:
             check_model("teacher", config.teacher)
-        for task in config.tasks:
-            if isinstance(task, TextTaskConfig):
-                check_data(task.data)
+        check_tasks(config)
     except PotstillError as error:
         raise type(error)(f"evaluation: {error}") from None
+
+
+def precheck_questions(plan: Plan) -> None:
+    """Has the harness render the questions of its tasks, which takes seconds and no model. Raises UsageError and its kinds for a task that
+    it does not know, or rows that it cannot ask."""
+    config = _asked(plan)
+    tasks = [] if config is None else [task for task in config.tasks if isinstance(task, HarnessTaskConfig)]
+    for task in tasks:
+        from potstill.evaluation.harness.building import build_questions
+
+        try:
+            build_questions(task)
+        except PotstillError as error:
+            raise type(error)(f"evaluation: {error}") from None
+
+
+def _asked(plan: Plan) -> MeasuringConfig | None:
+    """What is to be measured, with other models in place of those that the study trains first."""
+    if plan.study.config.evaluation is None:
+        return None
+    document = _document(plan)
+    resolve(document, plan.before, stand_ins({name: built.checked.student.path for name, built in plan.before.items()}))
+    return build(MeasuringConfig, document, plan.study.source)
 
 
 def measuring(plan: Plan, found: Comparable) -> EvaluationConfig:

@@ -17,7 +17,7 @@ from potstill.lock import Lock
 from potstill.recipes.words import in_words, printable
 from potstill.run_folder import LOCK
 from potstill.studies import snapshot
-from potstill.studies.measure import Comparable, comparable, measure, precheck_measuring
+from potstill.studies.measure import Comparable, comparable, measure, precheck_measuring, precheck_questions
 from potstill.studies.plan import Job, Plan, chosen, left_behind, make_plan, refuse_changed, write_recipes
 from potstill.studies.processes import visible_gpus
 from potstill.studies.progress import ProgressView
@@ -48,6 +48,8 @@ def study(
 
         show_costs(plan, due, console or Console())
         return 0
+    if any(not job.is_finished for job in due.values()):
+        precheck_questions(plan)
     with _opened(plan, fresh):
         states = _train(plan, due, jobs, quiet)
         found = comparable(plan, states)

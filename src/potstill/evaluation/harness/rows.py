@@ -48,6 +48,14 @@ def splits_of(definition: Definition, few_shot: int | None) -> Splits:
     return Splits(asked, examples, number, tuple(known))
 
 
+def require_file(file: str, task: str) -> None:
+    """Raises DataError where the rows of `task` are to be read from what is no file."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        what = "is a folder; name one file" if path.is_dir() else "no such file"
+        raise DataError(f"{file}: {what}; the rows of {task} are a .jsonl, .jsonl.gz, .json, .parquet or .csv file")
+
+
 class OwnRows:
     """The user's files, each read once."""
 
@@ -107,10 +115,7 @@ class OwnRows:
 
     def _rows(self, file: str) -> list[Row]:
         if file not in self._read:
-            path = Path(file).expanduser()
-            if not path.is_file():
-                what = "is a folder; name one file" if path.is_dir() else "no such file"
-                raise DataError(f"{file}: {what}; the rows of {self.task} are a .jsonl, .jsonl.gz, .json, .parquet or .csv file")
+            require_file(file, self.task)
             rows = read_source(MixtureItem(path=file), _Strict())
             for row in rows:
                 odd = sorted(set(rows[0].values) ^ set(row.values))
