@@ -153,7 +153,7 @@ def test_failures_that_pass_cost_no_verdict(tmp_path):
 def test_a_server_that_stays_away_ends_it_and_what_was_heard_stays(tmp_path):
     with StubJudge(better(quality), lambda number, body: Fault(status=503) if number >= 30 else None) as stub:
         with pytest.raises(OutageError, match="run the same command again"):
-            ask(stub, tmp_path, max_outage_seconds=0.3)
+            ask(stub, tmp_path, max_outage_seconds=0.3, concurrency=1)
         first = stub.questions
     kept = len((tmp_path / "judgments.jsonl").read_text().splitlines())
     assert kept == 30
