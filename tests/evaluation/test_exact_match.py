@@ -1,14 +1,18 @@
 """Greedy answers: batches equal single prompts and transformers' own greedy search; nothing of a model's sampling settings leaks in."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from potstill.errors import DataError
-from potstill.evaluation.exact_match import Question, exact_match, generate_greedily, stop_tokens
+from potstill.evaluation.exact_match import Question, answer_ends, exact_match, generate_greedily, stop_tokens
 from potstill.models.causal_lm import CausalLM
-from tiny import tiny_llama, tiny_tokenizer
+from potstill.models.config import LoadingConfig
+from potstill.models.loading import load_model, load_tokenizer
+from tiny import save_pair, tiny_llama, tiny_tokenizer
 
 VOCABULARY = 320
 LENGTHS = (3, 11, 1, 7, 7, 15, 2)
@@ -138,3 +142,17 @@ def test_the_mode_is_given_back(model, prompts, stops):
     model.train()
     generate_greedily(model, prompts[:1], max_new_tokens=2, stop_tokens=stops)
     assert model.training
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}])
+@pytest.mark.parametrize("configured", [None, 7, [7, 8]])
+def test_the_ends_of_a_model_are_known_before_it_is_loaded(tmp_path, generation, configured):
+    save_pair(tmp_path / "model")
+    saved, file = (tmp_path / "model" / name for name in ("config.json", "generation_config.json"))
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"eos_token_id": configured}))
+    file.unlink(missing_ok=True)
+    if generation is not None:
+        file.write_text(json.dumps(generation))
+    config = LoadingConfig(path=str(tmp_path / "model"))
+    tokenizer = load_tokenizer(config)
+    assert {*answer_ends(config, tokenizer)} == stop_tokens(CausalLM(load_model(config), 320), tokenizer)

@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from potstill import storage
 from potstill.data.answer_columns import Question
 from potstill.data.asking import ask
-from potstill.errors import DataError, ModelError
-from potstill.evaluation.exact_match import stop_tokens, write_all
+from potstill.errors import DataError
+from potstill.evaluation.exact_match import answer_ends, write_all
 from potstill.evaluation.items import item_names
 from potstill.evaluation.task import Advance, Subject
 from potstill.evaluation.writing_config import WritingTaskConfig
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import tokenizer_digest
-from potstill.models.loading import load_tokenizer, longest_context, read_model_config, stop_ids
+from potstill.models.loading import load_tokenizer, longest_context, read_model_config
 from potstill.rollouts.writing import Prompt, seed_of
 
 
@@ -102,8 +102,9 @@ class AskedRows:
         prompts = [
             Prompt(row.tokens, seed_of(config.seed, *row.numbers, sample)) for row in self.rows for sample in range(config.samples)
         ]
-        ends = self.ends | stop_tokens(subject.model, subject.tokenizer)
-        found = write_all(subject.model, prompts, config.sampling, stop_tokens=ends, batch_size=subject.batch_size, on_answers=advance)
+        found = write_all(
+            subject.model, prompts, config.sampling, stop_tokens=self.ends, batch_size=subject.batch_size, on_answers=advance
+        )
         written = []
         for completion in found:
             tokens = completion.tokens[: len(completion.tokens) - completion.ended]
@@ -121,12 +122,8 @@ def read_rows(config: WritingTaskConfig, model: LoadingConfig, *, prompt_tokens:
     Raises DataError for rows that cannot be asked, ModelError for a model whose answers have no end.
     """
     tokenizer, saved = load_tokenizer(model), read_model_config(model)
-    eos = tokenizer.eos_token_id
-    ends = {*stop_ids(model, saved), *([eos] if isinstance(eos, int) else [])}
-    asked = ask(config.data, tokenizer, seed=0, end_of_text=sorted(ends))
-    ends |= {*asked.ends()}
-    if not ends:
-        raise ModelError(f"{model.path}: neither its tokenizer nor its configuration names a token that ends an answer; set eos_token")
+    ends = answer_ends(model, tokenizer)
+    asked = ask(config.data, tokenizer, seed=0, end_of_text=ends)
     names = item_names([question.row.origin for question in asked.questions])
     # A weighted mixture may hold a row several times; it is one question.
     once = dict(zip(names, zip(asked.questions, asked.sources, strict=True), strict=True))
@@ -136,7 +133,7 @@ def read_rows(config: WritingTaskConfig, model: LoadingConfig, *, prompt_tokens:
         raise DataError(f"0 of {asked.rows} rows can be asked; look at data.format, data.columns and prompt_tokens")
     fitting = _fitting(config, rows, longest_context(saved))
     left_out = {"malformed": asked.rejected, "too short": len(found) - len(rows), "too long": len(rows) - len(fitting)}
-    return AskedRows(config, tuple(fitting), frozenset(ends), tokenizer_digest(tokenizer), left_out, asked.rows)
+    return AskedRows(config, tuple(fitting), frozenset({*ends, *asked.ends()}), tokenizer_digest(tokenizer), left_out, asked.rows)
 
 
 def _row(

@@ -74,9 +74,9 @@ class EvaluationConfig(MeasuringConfig):
     """The models by the name that they have in the table; several under one name are the same training with other seeds."""
     baseline: str | None = None
     """The model that every other one is compared with; by default the first of several."""
-    against: dict[str, str] = Field(default_factory=dict)
+    against: dict[str, str] | None = None
     """Which row each row is compared with, instead of one baseline for all: `{kd: sft, kd-fast: sft-fast}`. Rows not named are compared
-    with none."""
+    with none; `{}` compares none."""
     before: str | None = None
     """The student as it was before training: what was gained and forgotten is measured from it."""
     store: str | None = "evaluations"
@@ -88,13 +88,13 @@ class EvaluationConfig(MeasuringConfig):
             name = getattr(self, key)
             if name is not None and name not in self.models:
                 raise ValueError(f"{key}: {name!r} is no model of the table, which holds {', '.join(self.models)}")
-        for name, other in self.against.items():
+        for name, other in (self.against or {}).items():
             for row in (name, other):
                 if row not in self.models:
                     raise ValueError(f"against: {row!r} is no model of the table, which holds {', '.join(self.models)}")
             if name == other:
                 raise ValueError(f"against.{name}: a row cannot be compared with itself")
-        if self.against and self.baseline is not None:
+        if self.against is not None and self.baseline is not None:
             raise ValueError("against: says what each row is compared with, and so does baseline for all; leave one of them out")
         if empty := [name for name, seeds in self.models.items() if not seeds]:
             raise ValueError(f"models.{empty[0]}: names no model")

@@ -24,6 +24,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import weights_digest
 from potstill.models.loading import Precision, load_model, load_tokenizer
+from potstill.models.proofs import refuse_not_finite
 from potstill.models.tokenizers import vocabulary_size
 
 VERSION = 1
@@ -62,7 +63,7 @@ def evaluate(
     refuse_output(output)
     tasks = make_tasks(config.tasks)
     device, precision = _where(config)
-    sittings = _prepare(config, tasks, precision)
+    sittings = _prepare(config, tasks, device, precision)
     rows = _measure(config, sittings, device, precision, console or Console(stderr=True), quiet)
     record = _record(config, tasks, rows, f"{device}, {precision}")
     if output is not None:
@@ -85,7 +86,7 @@ def _where(config: EvaluationConfig) -> tuple[str, Precision]:
 # ---------------------------------------------------------------- before any weights are loaded
 
 
-def _prepare(config: EvaluationConfig, tasks: Sequence[Task], precision: Precision) -> list[_Sitting]:
+def _prepare(config: EvaluationConfig, tasks: Sequence[Task], device: str, precision: Precision) -> list[_Sitting]:
     """Every model of the table with every task, prepared; models that share nothing but a name are told apart by their weights."""
     rows = {name: list(seeds) for name, seeds in config.models.items()}
     teacher = config.teacher
@@ -107,12 +108,19 @@ def _prepare(config: EvaluationConfig, tasks: Sequence[Task], precision: Precisi
                 exam, beside = exams[row, seed, task.name], _beside(task, model, teacher)
                 if exam is None:
                     continue
+                computed = [[one.dtype, one.attention] for one in (model, beside) if one is not None]
                 statement = {
                     "version": VERSION, "kind": task.kind, "model": digest(model), "teacher": None if beside is None else digest(beside),
-                    "task": dict(exam.identity), "precision": [precision, model.dtype, model.attention],
+                    "task": dict(exam.identity), "precision": [precision, *computed], "device": _machine(device),
                 }  # fmt: skip
                 sittings.append(_Sitting(row, seed, model, task, exam, statement, beside is not None))
     return sittings
+
+
+def _machine(device: str) -> str:
+    """What computes, as far as numbers and times hang on it."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
 
 
 def _beside(task: Task, model: LoadingConfig, teacher: LoadingConfig | None) -> LoadingConfig | None:
@@ -145,6 +153,7 @@ def _measure(
     def load(model: LoadingConfig, name: str) -> Subject:
         tokenizer = load_tokenizer(model)
         causal = CausalLM(load_model(model, precision=precision, device=device), vocabulary_size(tokenizer))
+        refuse_not_finite(causal, model.path)
         return Subject(name, model, causal, tokenizer, config.batch_size)
 
     teacher: Subject | None = None
@@ -207,14 +216,14 @@ def _record(config: EvaluationConfig, tasks: Sequence[Task], rows: _Rows, comput
 
 
 def _baseline(config: EvaluationConfig, students: Sequence[ModelRecord]) -> str | None:
-    return config.baseline or (students[0].name if len(students) > 1 and not config.against else None)
+    return config.baseline or (students[0].name if len(students) > 1 and config.against is None else None)
 
 
 def _pairs(config: EvaluationConfig, students: Sequence[ModelRecord]) -> list[tuple[ModelRecord, ModelRecord]]:
     """Each student against the baseline or the row of its own, and against the student as it was before."""
     by_name = {model.name: model for model in students}
     against = dict.fromkeys(name for name in (_baseline(config, students), config.before) if name is not None and name in by_name)
-    own = [(first, second) for first, second in config.against.items() if first in by_name and second in by_name]
+    own = [(first, second) for first, second in (config.against or {}).items() if first in by_name and second in by_name]
     pairs = [(by_name[first], by_name[second]) for first, second in own]
     seen = {frozenset(pair) for pair in own}
     for other in against:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from potstill.errors import DataError
+from potstill.errors import DataError, ModelError
 from potstill.evaluation.scores import Scores, mean
 from potstill.evaluation.statistics import Estimate, proportion_of
 from potstill.models.causal_lm import CausalLM
+from potstill.models.config import LoadingConfig
+from potstill.models.loading import configured_ends, read_model_config, stop_ids
 from potstill.rollouts.local import LocalGenerator
 from potstill.rollouts.writing import Completion, Prompt, Sampling
 
@@ -85,6 +87,16 @@ def stop_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozense
     if not found:
         raise DataError(f"{model.name}: neither the tokenizer nor the model names an end-of-sequence token; set tokenizer.eos_token")
     return frozenset(found)
+
+
+def answer_ends(config: LoadingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The `stop_tokens` of a model that is not loaded yet, from its files, each once. Raises ModelError where they name none."""
+    saved, eos = read_model_config(config), tokenizer.eos_token_id
+    own = (eos,) if isinstance(eos, int) else ()
+    ends = tuple(dict.fromkeys((*stop_ids(config, saved), *configured_ends(saved), *own)))
+    if not ends:
+        raise ModelError(f"{config.path}: neither its tokenizer nor its configuration names a token that ends an answer; set eos_token")
+    return ends
 
 
 def generate_greedily(

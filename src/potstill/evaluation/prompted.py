@@ -17,12 +17,13 @@ from potstill.data.collation import collate
 from potstill.data.formats import read_item
 from potstill.data.rendering import Rendered
 from potstill.errors import DataError, IncompatibleError
+from potstill.evaluation.exact_match import answer_ends
 from potstill.evaluation.items import item_names
 from potstill.evaluation.prompted_config import PromptedTaskConfig
 from potstill.evaluation.task import Advance, Subject
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import template_digest, tokenizer_digest
-from potstill.models.loading import load_tokenizer, longest_context, read_model_config, stop_ids
+from potstill.models.loading import load_tokenizer, longest_context, read_model_config
 from potstill.models.tokenizers import compare_tokenizers, refuse_different
 from potstill.rollouts.local import LocalGenerator
 from potstill.rollouts.writing import Completion, Prompt, Sampling, seed_of
@@ -97,7 +98,7 @@ class PromptReader:
             raise IncompatibleError(f"{self._config.label}: {error}; or leave this task or the teacher out") from error
         contexts = [context for one in saved if (context := longest_context(one)) is not None]
         context = min([self._config.data.max_tokens, *contexts])
-        ends = [_ends(config, one, read) for config, one, read in zip((model, teacher), saved, (tokenizer, others), strict=True)]
+        ends = [answer_ends(model, tokenizer), answer_ends(teacher, others)]
         key = tokenizer_digest(tokenizer), template_digest(tokenizer), ends[0], context
         if key not in self._read:
             self._read[key] = self._prompts(tokenizer, ends[0], context)
@@ -139,14 +140,6 @@ class PromptReader:
         if not found.prompts:
             raise DataError(f"{self._config.label}: none of {found.rows} rows can be asked; look at data.format and data.columns")
         return found.select(kept, f"{left_out} of {found.rows} prompts were too long and are not in the numbers") if left_out else found
-
-
-def _ends(config: LoadingConfig, saved: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    own = tokenizer.eos_token_id
-    found: tuple[int, ...] = tuple(sorted({*stop_ids(config, saved), *([own] if isinstance(own, int) else [])}))
-    if not found:
-        raise DataError(f"{config.path}: neither the tokenizer nor the model names an end-of-sequence token; set eos_token")
-    return found
 
 
 def _own_answer(rendered: Any, prompt_length: int, format: str) -> tuple[int, ...]:

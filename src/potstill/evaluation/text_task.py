@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from potstill.batch import Batch, Example, sequence_key
 from potstill.data.collation import collate
@@ -24,7 +24,7 @@ from potstill.evaluation.task_config import TextTaskConfig
 from potstill.evaluation.windows import windows
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import template_digest, tokenizer_digest
-from potstill.models.loading import load_tokenizer, longest_context, read_model_config
+from potstill.models.loading import load_tokenizer, longest_context, read_model_config, stop_ids
 from potstill.models.tokenizers import compare_tokenizers, refuse_different, vocabulary_size
 
 # Longer than any text: in evaluation nothing is cut, windows read on.
@@ -58,13 +58,13 @@ class TextTask(Task):
                 if configs[0].vocab_size < size:
                     refuse_different(comparison, model.path, teacher.path)
                 notes = (_apart(model, teacher, comparison.refusals[0]),)
-        data = self._read(tokenizer, stops_of(configs[0]))
+        data = self._read(tokenizer, stop_ids(model, read_model_config(model)))
         window = min([self.config.data.max_tokens, *(context for one in configs if (context := longest_context(one)) is not None)])
-        return TextExam.of(self.config, data, window, size, notes, compared=compared)
+        return TextExam.of(self.config, data, window, size, notes, compared=compared, tokenizer=tokenizer_digest(tokenizer))
 
-    def _read(self, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> PreparedData:
+    def _read(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]) -> PreparedData:
         """The text as this tokenizer reads it; models that read alike share it."""
-        key = tokenizer_digest(tokenizer), template_digest(tokenizer), tuple(stops)
+        key = tokenizer_digest(tokenizer), template_digest(tokenizer), stops
         if key not in self._prepared:
             whole = self.config.data.model_copy(update={"max_tokens": _NO_LIMIT, "packing": False, "too_long": "error"})
             self._prepared[key] = prepare(whole, tokenizer, seed=0, end_of_text=stops)
@@ -76,12 +76,6 @@ def _apart(model: LoadingConfig, teacher: LoadingConfig, refusal: str) -> str:
         f"{model.path} and the teacher {teacher.path} do not read the same tokens ({refusal}); no distance between them was measured, "
         "and bits per byte compare them"
     )
-
-
-def stops_of(model_config: PreTrainedConfig) -> list[int]:
-    """The ids at which a model stops, of which a configuration names one, several or none."""
-    named = model_config.to_dict().get("eos_token_id")
-    return named if isinstance(named, list) else [] if named is None else [named]
 
 
 @dataclass(frozen=True)
@@ -98,26 +92,29 @@ class TextExam(Exam):
     vocabulary_size: int
     notes: tuple[str, ...]
     compared: bool
+    tokenizer: str
 
     @classmethod
     def of(
-        cls, config: TextTaskConfig, data: PreparedData, window: int, vocabulary_size: int, notes: Sequence[str], *, compared: bool
+        cls, config: TextTaskConfig, data: PreparedData, window: int, vocabulary_size: int, notes: Sequence[str], *, compared: bool,
+        tokenizer: str,
     ) -> "TextExam":
         cut = list(windows(data.train, window))
         names = item_names([data.train.origin(index) for index in range(len(data.train))])
         return cls(
             config, data, tuple(Example(one.example.tokens, one.example.is_target, number) for number, one in enumerate(cut)),
             tuple(names[one.example.index] for one in cut), {number: one.before for number, one in enumerate(cut)}, window,
-            vocabulary_size, tuple(notes), compared,
+            vocabulary_size, tuple(notes), compared, tokenizer,
         )  # fmt: skip
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The sequences themselves, where their windows begin, and what the items are called."""
+        """The sequences themselves, where their windows begin, what the items are called, and how many bytes a token has."""
         digest = xxhash.xxh3_128()
         for example, name in zip(self.windows, self.names, strict=True):
             digest.update(sequence_key(np.asarray(example.tokens), np.asarray(example.is_target)) + name.encode() + b"\0")
-        return {"sequences": digest.hexdigest(), "vocabulary size": self.vocabulary_size, "compared": self.compared}
+        stated = {"vocabulary size": self.vocabulary_size, "compared": self.compared, "tokenizer": self.tokenizer}
+        return {"sequences": digest.hexdigest(), **stated}
 
     @property
     def size(self) -> int:

@@ -146,13 +146,28 @@ def longest_context(saved: PreTrainedConfig) -> int | None:
     return text.to_dict().get((text.attribute_map or {}).get("max_position_embeddings", "max_position_embeddings"))
 
 
+def generation_settings(config: LoadingConfig) -> GenerationConfig | None:
+    """What is saved beside the model of how it writes; None where nothing is."""
+    config = with_base(config)
+    arguments = {key: value for key, value in _hub_arguments(config).items() if key in ("revision", "local_files_only")}
+    try:
+        return GenerationConfig.from_pretrained(_location(config.path), **arguments)
+    except OSError:
+        return None
+
+
 def stop_ids(config: LoadingConfig, saved: PreTrainedConfig) -> tuple[int, ...]:
-    """The ids at which the model stops, by its generation settings where a local folder has them, else by its configuration."""
-    folder = local_folder(config)
-    source: PreTrainedConfig | GenerationConfig = saved
-    if folder is not None and (folder / "generation_config.json").is_file():
-        source = GenerationConfig.from_pretrained(folder)
-    stated = source.eos_token_id
+    """The ids at which the model stops, by its generation settings where it has them, else by its configuration."""
+    settings = generation_settings(config)
+    return _ids((settings or saved).eos_token_id)
+
+
+def configured_ends(saved: PreTrainedConfig) -> tuple[int, ...]:
+    """The ids that a configuration alone calls ends: one, several or none."""
+    return _ids(saved.get_text_config().eos_token_id)
+
+
+def _ids(stated: Any) -> tuple[int, ...]:
     return tuple(stated) if isinstance(stated, list) else () if stated is None else (int(stated),)
 
 

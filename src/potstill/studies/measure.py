@@ -101,8 +101,10 @@ def measuring(plan: Plan, found: Comparable) -> EvaluationConfig:
     if start is not None:
         values["models"] = {BEFORE: [start], **students}
         values["before"] = BEFORE
-    if len(set(against.values())) == 1:
-        values["baseline"] = next(iter(against.values()))
+    baselines = set(against.values())
+    # One baseline for all means all: a cell whose own twin is missing is compared with none.
+    if len(baselines) == 1 and baselines | set(against) == set(found.cells):
+        values["baseline"] = baselines.pop()
     else:
         values["against"] = against
     document.values = values

@@ -19,7 +19,7 @@ from potstill.evaluation.harness_config import HarnessTaskConfig
 from potstill.evaluation.task import Advance, Exam, Outcome, Subject, Task
 from potstill.models.config import LoadingConfig
 from potstill.models.identity import tokenizer_digest
-from potstill.models.loading import load_tokenizer, longest_context, read_model_config
+from potstill.models.loading import configured_ends, generation_settings, load_tokenizer, longest_context, read_model_config
 
 _TOO_LONG = "exceeds model's maximum length"
 _CUT = "Left truncation applied"
@@ -43,14 +43,24 @@ class HarnessTask(Task):
         reach, longest = longest_context(read_model_config(model)), self._questions.longest_answer
         if reach is not None and longest >= reach:
             raise ModelError(f"{model.path}: reads {reach} tokens, and {self.name} lets a model write {longest} after its question")
-        return HarnessExam(self.config, self._questions, tokenizer, template)
+        own = _writing(model) if longest else {}
+        return HarnessExam(self.config, self._questions, tokenizer, template, own)
+
+
+def _writing(model: LoadingConfig) -> dict[str, Any]:
+    """What decides how the harness lets a model write beside its weights: its saved ends, penalties and ways of drawing."""
+    settings = generation_settings(model)
+    stated = {} if settings is None else settings.to_diff_dict()
+    return {"ends": configured_ends(read_model_config(model)), "writes": {k: v for k, v in stated.items() if k != "transformers_version"}}
 
 
 class HarnessExam(Exam):
-    def __init__(self, config: HarnessTaskConfig, questions: Questions, tokenizer: PreTrainedTokenizerBase, template: Any):
+    def __init__(
+        self, config: HarnessTaskConfig, questions: Questions, tokenizer: PreTrainedTokenizerBase, template: Any, own: Mapping[str, Any]
+    ):
         self.config, self.questions = config, questions
-        own = {"tokenizer": tokenizer_digest(tokenizer), "chat template": template, "metric": config.metric}
-        self._identity = {**questions.identity, **own}
+        read = {"tokenizer": tokenizer_digest(tokenizer), "reach": tokenizer.model_max_length, "chat template": template}
+        self._identity = {**questions.identity, **read, **own, "metric": config.metric}
 
     @property
     def identity(self) -> Mapping[str, Any]:

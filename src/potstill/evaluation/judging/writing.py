@@ -16,7 +16,7 @@ from potstill.data.lines import Rejects, Row
 from potstill.data.questions import questions
 from potstill.data.rendering import Rendered, Renderer
 from potstill.errors import ModelError
-from potstill.evaluation.exact_match import stop_tokens
+from potstill.evaluation.exact_match import answer_ends
 from potstill.evaluation.judging.answers import Answers
 from potstill.evaluation.judging.kept_lines import KeptLines
 from potstill.evaluation.judging.prompts import JudgedPrompt
@@ -48,9 +48,11 @@ class Author:
                 "--set first.model.chat_template=FILE (or second)"
             )
         self._longest = longest_context(read_model_config(config))
+        self._renderer = Renderer(self._tokenizer)
+        self._ends = sorted({*answer_ends(config, self._tokenizer), *end_of_turn(self._renderer)})
         self._statement = [
             VERSION, weights_digest(config), tokenizer_digest(self._tokenizer), template_digest(self._tokenizer), precision, config.dtype,
-            config.attention,
+            config.attention, self._ends,
         ]  # fmt: skip
         self._generator: LocalGenerator | None = None
         self._check: Callable[[], None] = lambda: None
@@ -107,8 +109,7 @@ class Author:
     # ---------------------------------------------------------------- what is written
 
     def _write_turn(self, due: Sequence[JudgedPrompt], turn: int, wrote: Callable[[int, int], None]) -> None:
-        renderer = Renderer(self._tokenizer)
-        asked = self._rendered(due, turn, renderer)
+        asked = self._rendered(due, turn)
         groups: dict[Sampling, list[int]] = {}
         for place, prompt in enumerate(due):
             groups.setdefault(self._sampling(prompt, len(asked[place])), []).append(place)
@@ -117,11 +118,11 @@ class Author:
             places.sort(key=lambda place: -len(asked[place]))
             for start in range(0, len(places), self._writing.batch_size):
                 some = places[start : start + self._writing.batch_size]
-                lines = self._answer([due[place] for place in some], turn, [asked[place] for place in some], sampling, renderer)
+                lines = self._answer([due[place] for place in some], turn, [asked[place] for place in some], sampling)
                 self._kept.add(lines)
                 wrote(len(lines), sum(line["tokens"] for line in lines))
 
-    def _rendered(self, due: Sequence[JudgedPrompt], turn: int, renderer: Renderer) -> list[list[int]]:
+    def _rendered(self, due: Sequence[JudgedPrompt], turn: int) -> list[list[int]]:
         rows = []
         for prompt in due:
             messages = []
@@ -130,7 +131,7 @@ class Author:
                 messages.append({"role": "assistant", "content": str(self._found(prompt, number)["text"])})
             messages.append({"role": "user", "content": prompt.turns[turn]})
             rows.append(Row({"messages": messages}, f"prompt {prompt.item}, turn", turn + 1))
-        return [question.tokens for question in questions(rows, Reading("chat", {}), renderer, Rejects())]
+        return [question.tokens for question in questions(rows, Reading("chat", {}), self._renderer, Rejects())]
 
     def _sampling(self, prompt: JudgedPrompt, length: int) -> Sampling:
         """As much room as the model's positions leave; 0 new tokens where they leave none."""
@@ -140,14 +141,14 @@ class Author:
         return Sampling(drawn.temperature, drawn.top_p, drawn.top_k, max(0, self._longest - length + 1))
 
     def _answer(
-        self, some: Sequence[JudgedPrompt], turn: int, tokens: Sequence[Sequence[int]], sampling: Sampling, renderer: Renderer
+        self, some: Sequence[JudgedPrompt], turn: int, tokens: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[dict[str, Any]]:
         if sampling.max_new_tokens == 0:
             return [self._line(prompt, turn, "", 0, ended=False) for prompt in some]
         seeds = [seed_of(self._writing.seed, int(prompt.digest(turn), 16), turn) for prompt in some]
         prompts = [Prompt(tuple(ids), seed) for ids, seed in zip(tokens, seeds, strict=True)]
         lines = []
-        for prompt, done in zip(some, self._loaded(renderer).generate(prompts, sampling), strict=True):
+        for prompt, done in zip(some, self._loaded().generate(prompts, sampling), strict=True):
             ids = list(done.tokens[: len(done.tokens) - done.ended])
             text = str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             lines.append(self._line(prompt, turn, text, len(done.tokens), ended=done.ended))
@@ -156,12 +157,11 @@ class Author:
     def _line(self, prompt: JudgedPrompt, turn: int, text: str, tokens: int, *, ended: bool) -> dict[str, Any]:
         return {"key": self._key(prompt, turn), "item": prompt.item, "turn": turn + 1, "text": text, "tokens": tokens, "ended": ended}
 
-    def _loaded(self, renderer: Renderer) -> LocalGenerator:
+    def _loaded(self) -> LocalGenerator:
         if self._generator is None:
             size = vocabulary_size(self._tokenizer)
             model = CausalLM(load_model(self._config, precision=self._precision, device=self._device), size)
-            stops = stop_tokens(model, self._tokenizer) | end_of_turn(renderer)
-            self._generator = LocalGenerator(model, stop_ids=sorted(stops), pad_token=_padding(self._tokenizer))
+            self._generator = LocalGenerator(model, stop_ids=self._ends, pad_token=_padding(self._tokenizer))
             self._generator.heed(lambda: self._check())
         return self._generator
 
