@@ -6,7 +6,6 @@ context, not to its taste) gets no verdict, and the refusal is kept in its place
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from potstill.errors import ServerError
@@ -15,7 +14,7 @@ from potstill.evaluation.judging.questions import Heard, JudgeQuestion, Verdict,
 from potstill.evaluation.judging.settings import JudgeConfig, Style
 from potstill.evaluation.judging.verdicts import read_choice, read_grade
 from potstill.evaluation.judging.wording import REMINDER
-from potstill.serving.endpoint import Endpoint, Unbelievable, keeping
+from potstill.serving.endpoint import Endpoint, Unanswered, Unbelievable, keeping
 from potstill.serving.loop import Loop, together
 from potstill.serving.pool import Pool
 from potstill.serving.service import Service
@@ -81,8 +80,8 @@ class Judge:
         return heard(question, self._config, self._kept)
 
     async def _look(self, seconds: float) -> None:
-        with suppress(ServerError):  # a server that refuses the list of its models is there
-            await self._endpoint.get("/v1/models", seconds=seconds, most_bytes=_MOST_BYTES)
+        """Only an answer to a question shows that a judge is there: one that lists its models may be out, and every answer costs."""
+        raise Unanswered("nothing else is asked of a judge")
 
     async def _ask_all(self, questions: Sequence[JudgeQuestion], settled: Callable[[], None]) -> None:
         """The first ones alone, until one is answered: where the requests as such are wrong, few are spent on finding out."""
