@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from potstill.errors import ModelError
 from potstill.evaluation import evaluate as module
 from potstill.evaluation.config import EvaluationConfig
 from potstill.evaluation.evaluate import evaluate
@@ -155,6 +157,16 @@ def test_before_and_baseline_choose_the_pairs(place):
 def test_a_request_that_makes_no_table_is_refused(place, changes, message):
     with pytest.raises(ValueError, match=message):
         request(place, **({"models": SEEDS} | changes))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_weight_that_is_no_number_is_refused_by_name(place, value):
+    file = next((place / "kd-1").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"kd-1: its weight model\.norm\.weight is not finite everywhere"):
+        evaluate(request(place, SEEDS), quiet=True)
 
 
 def test_two_tasks_of_one_name_are_refused(place):

@@ -40,6 +40,16 @@ def _quietly(causal_lm: CausalLM) -> Iterator[None]:
         causal_lm.train(training)
 
 
+def refuse_not_finite(causal_lm: CausalLM, name: str) -> None:
+    """Raises ModelError where a weight of `name` is NaN or infinite: what such a model writes and is scored by means nothing."""
+    for key, weight in causal_lm.inner.named_parameters():
+        # One byte a value is a quantised weight, which has scales of its own.
+        if weight.numel() and weight.is_floating_point() and weight.element_size() > 1:
+            low, high = torch.aminmax(weight.detach())
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ModelError(f"{name}: its weight {key} is not finite everywhere; name a model that trained well")
+
+
 def _probe_tokens(causal_lm: CausalLM, length: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(causal_lm.vocabulary_size, (1, length), generator=generator).to(causal_lm.device)
