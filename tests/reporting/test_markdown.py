@@ -43,6 +43,15 @@ def test_a_study_is_one_text_with_a_section_a_cell(tmp_path):
     assert "one row was too long" in text
 
 
+def test_a_study_of_one_seed_keeps_its_title_and_the_names_of_its_cells(tmp_path):
+    text = markdown([reported.write_study(tmp_path / "study", ratios=(0.0, 0.5, 1.0), seeds=(0,), steps=5)])
+    assert text.startswith("# The weight of the divergence, plain\n")
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heads == ["## kd\\_ratio=0.5", "## kd\\_ratio=1", "## sft", "## Warnings"]
+    assert "| kd\\_ratio=1 | 0 | failed | out of memory |" in text
+    assert "| sft | 0 |" not in text
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -66,6 +66,11 @@ def test_the_page_says_what_was_done_and_what_came_of_it(page):
     assert text.index("objective.kd_ratio") < text.index("student.path")
 
 
+def test_runs_of_a_study_that_are_not_finished_are_listed(page):
+    assert "<tr><td>kd_ratio=1</td><td>1</td><td>failed</td><td>out of memory</td></tr>" in page
+    assert "<td>finished</td>" not in page
+
+
 def test_the_page_asks_the_network_for_nothing(page):
     reader = Reader(page)
     assert [attrs["content"] for _, attrs in reader.tags if attrs.get("http-equiv") == "Content-Security-Policy"] == [POLICY]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.reporting.pipeline import cells, in_words, outcome_in_words
+from potstill.reporting.study import Study
 from potstill.reporting.summary import RunSummary, summarise_all
 from potstill.reporting.wording import count, direction, interval, plus_minus, with_unit
 
@@ -20,7 +21,9 @@ def markdown(paths: Sequence[Path | str]) -> str:
     summaries = summarise_all(paths)
     if len(summaries) == 1:
         return f"# {escaped(summaries[0].name)}\n\n{results_markdown(summaries[0])}\n"
-    parts = [f"# {escaped(', '.join(cell.name for cell in cells(summaries)[:MOST_NAMES]) or summaries[0].name)}"]
+    title = next((summary.study.title for summary in summaries if summary.study is not None), None)
+    parts = [f"# {escaped(title or ', '.join(cell.name for cell in cells(summaries)[:MOST_NAMES]) or summaries[0].name)}"]
+    parts += [_unfinished(summary.study) for summary in summaries if summary.study is not None]
     for summary in summaries:
         parts += [_evaluations(summary)]
     for cell in cells(summaries):
@@ -77,6 +80,12 @@ def _evaluations(summary: RunSummary) -> str:
     for record in summary.evaluations.values():
         parts += [f"### {escaped(record['title'])}", results_table(record), _verdicts(record)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _unfinished(study: Study) -> str:
+    """The runs of a study that are not finished, as a table; empty where all are."""
+    rows = [["run that is not finished", "seed", "state", "why"], ["---"] * 4, *([escaped(one) for one in row] for row in study.unfinished)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if study.unfinished else ""
 
 
 def _training(runs: Sequence[RunSummary]) -> str:

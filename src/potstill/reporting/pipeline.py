@@ -36,9 +36,16 @@ def cells(summaries: Sequence[RunSummary]) -> list[Cell]:
         if summary.is_run:
             fixed = tuple(sorted((key, repr(value)) for key, value in summary.recipe.items() if key not in OF_A_SEED))
             found.setdefault(fixed or position, []).append(position)
-    named = [Cell(_shared_name([summaries[place].name for place in places]), tuple(places)) for places in found.values()]
+    of_studies = {cell.name for summary in summaries if summary.study is not None for cell in summary.study.cells}
+    named = [Cell(_cell_name([summaries[place] for place in places], of_studies), tuple(places)) for places in found.values()]
     names = [cell.name for cell in named]
     return [cell if names.count(cell.name) == 1 else Cell(summaries[cell.members[0]].name, cell.members) for cell in named]
+
+
+def _cell_name(runs: Sequence[RunSummary], of_studies: set[str]) -> str:
+    """The name that a study gave, whose runs are called CELL-SEED, else what the runs' names share."""
+    stated = {run.name.rpartition("-")[0] for run in runs}
+    return stated.pop() if len(stated) == 1 and stated <= of_studies else _shared_name([run.name for run in runs])
 
 
 def _shared_name(names: Sequence[str]) -> str:

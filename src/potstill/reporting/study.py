@@ -51,6 +51,11 @@ class Study:
     cells: tuple[StudyCell, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def unfinished(self) -> list[tuple[str, str, str, str]]:
+        """Cell, seed, state and failure of each run that is not finished."""
+        return [(cell.name, *state) for cell in self.cells for state in cell.states if state[1] != "finished"]
+
 
 def read_study(folder: Path) -> tuple[Study | None, list[str]]:
     """The study in `folder`, None where there is none; a line names a study.json that does not read."""
