@@ -301,6 +301,14 @@ def test_the_comparison_is_that_of_the_win_rates():
 # ---------------------------------------------------------------- the record, and real judgments
 
 
+def test_no_difference_is_visible_that_fewer_than_six_prompts_make():
+    matches = [match(str(number), (1.0, 1.0) if number == 0 else (0.5, 0.5)) for number in range(200)]
+    found = compare_contestants("win_rate", *(contestant_scores(matches, is_first=first) for first in (True, False)))
+    assert found is not None
+    assert found.p_value == 1
+    assert found.smallest_visible == pytest.approx(6 / 200)
+
+
 def judged(prompts, first, second) -> Judged:
     return Judged("real", "judge: gpt-4-turbo", prompts, (first, second), {})
 

@@ -13,6 +13,7 @@ from potstill.studies.captures import make_recordings
 from potstill.studies.cells import comparable, make_axes, make_before, make_cells
 from potstill.studies.read import library, read_study
 from potstill.studies.references import real_paths, resolve
+from potstill.studies.snapshot import _differences
 
 BASE = {
     "student": {"path": "models/student"}, "teacher": {"path": "models/teacher"},
@@ -191,3 +192,10 @@ def test_a_library_study_that_does_not_exist_names_the_nearest():
             read_study("divergencs")
     with pytest.raises(ConfigError, match="`potstill studies` lists the library"):
         read_study("nothing-like-it")
+
+
+def test_a_twin_differs_in_no_key_that_only_a_teacher_gives_a_meaning(tmp_path):
+    cells = cells_of(write(tmp_path, grid={"objective.kd_ratio": [0.25, 1]}))
+    found = _differences(list(cells.values()))
+    assert {name: said["objective.kd_ratio"] for name, said in found.items()} == {"sft": None, "kd_ratio=0.25": 0.25, "kd_ratio=1": 1}
+    assert found["sft"]["objective.divergence"] == "cross_entropy"

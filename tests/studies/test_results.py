@@ -121,3 +121,20 @@ def test_what_is_no_study_is_refused(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(DataError, match=r"study\.json"):
         read_results(tmp_path)
+
+
+def test_one_comparison_is_not_corrected_and_sizes_of_one_kind_are_a_range():
+    def pair(visible, significant=True):
+        return {"is_significant": significant, "smallest_visible": visible, "label": "score", "unit": ""}
+
+    assert "Holm" not in conclusion([pair(0.1)])
+    assert "the one comparison" in conclusion([pair(0.1, significant=False)])
+    both = conclusion([pair(0.1), pair(0.4, significant=False)])
+    assert "1 of 2 comparisons finds" in both
+    assert "after Holm's correction" in both
+    assert "score: 0.100 to 0.400" in both
+
+
+def test_the_cost_of_a_cell_goes_from_its_fastest_to_its_slowest_run(folder):
+    show(folder, console=Console(file=StringIO()))
+    assert "sft: 3 runs, 10 to 12 s each" in (folder / "results.md").read_text()
