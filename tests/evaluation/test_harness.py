@@ -154,7 +154,7 @@ def test_the_calibration_of_choices_is_the_binned_gap(place):
     gaps = np.abs(np.array(series.y) - np.array(series.x))
     assert series.kind == "calibration"
     assert found.scores.estimate("choice_calibration_error").value <= gaps.max() + 1e-12
-    by_bins = sum(abs(found.scores.column(f"calibration {number}").sum()) for number in range(10)) / len(COMMONSENSE)
+    by_bins = sum(abs(found.scores.column(f"calibration {number}").sum()) for number in range(15)) / len(COMMONSENSE)
     assert found.scores.estimate("choice_calibration_error").value == pytest.approx(by_bins)
     # All gaps added without their absolute value: accuracy less mean confidence.
     total = sum(found.scores.column(f"calibration {number}").sum() for number in range(10))
@@ -270,3 +270,23 @@ def test_long_questions_are_said_to_be_cut(place, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [TRUTHFUL[0] | {"question": "very " * 300}, TRUTHFUL[1] | {"question": "why " * 300}])
     found = outcome(run(place, {"task": "truthfulqa_mc2", "data": str(rows)}))
     assert any("8 requests were longer than the model reads" in warning for warning in found.warnings)
+
+
+def test_choices_are_calibrated_over_the_bins_of_every_other_calibration_error():
+    """Fifteen equal bins, each with its right edge: by hand, and as `expected_calibration_error` has it."""
+    import torch
+
+    from potstill.evaluation.agreement import expected_calibration_error
+    from potstill.evaluation.harness.choices import Choice, add_calibration
+    from potstill.evaluation.harness.scoring import Table
+
+    sure = [0.6, 0.65, 2 / 3, 0.7, 0.95, 0.97, 1.0]
+    right = [1, 0, 1, 1, 0, 1, 1]
+    with np.errstate(divide="ignore"):
+        choices = [Choice(["a", "b"], np.log([1 - p, p]), frozenset({one})) for p, one in zip(sure, right, strict=True)]
+    table = Table([])
+    assert add_calibration(table, choices) is not None
+    # 0.6 ends the ninth bin and 2/3 the tenth; 14/15 lies below 0.95.
+    by_hand = (abs(1 - 0.6) + abs(1 - 0.65 - 2 / 3) + abs(1 - 0.7) + abs(2 - 0.95 - 0.97 - 1.0)) / 7
+    assert table.value("choice_calibration_error") == pytest.approx(by_hand)
+    assert by_hand == pytest.approx(expected_calibration_error(torch.tensor(sure, dtype=torch.float64), torch.tensor(right)))

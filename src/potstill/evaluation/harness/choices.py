@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from potstill.evaluation.agreement import calibration_bin
 from potstill.evaluation.harness.building import Questions
 from potstill.evaluation.harness.scoring import Answered, Table
+from potstill.evaluation.metrics import NUM_CALIBRATION_BINS
 from potstill.evaluation.scores import Formula, Metric
 from potstill.evaluation.task import Sample, Series
 
-NUM_BINS = 10
 KEPT = 100
 """So many answers are kept for human eyes."""
 
@@ -55,15 +57,15 @@ def add_calibration(table: Table, choices: Sequence[Choice | None]) -> Series | 
         return None
     top = np.array([choice.probabilities.max() for choice in known])
     right = np.array([choice.picked(normalised=False) in choice.right for choice in known], dtype=np.float64)
-    bins = np.minimum((top * NUM_BINS).astype(int), NUM_BINS - 1)
-    names = [f"calibration {number}" for number in range(NUM_BINS)]
+    bins = calibration_bin(torch.from_numpy(top), NUM_CALIBRATION_BINS).numpy()
+    names = [f"calibration {number}" for number in range(NUM_CALIBRATION_BINS)]
     for number, name in enumerate(names):
         table.columns[name] = list(np.where(bins == number, right - top, 0.0))
     table.columns.setdefault("questions", [1.0] * len(known))
     table.metrics["choice_calibration_error"] = Metric(
         "calibration error of the choices", "", Formula("calibration", ("questions", *names)), False, "questions"
     )
-    filled = [number for number in range(NUM_BINS) if (bins == number).any()]
+    filled = [number for number in range(NUM_CALIBRATION_BINS) if (bins == number).any()]
     return Series(
         "calibration", "probability of the likeliest choice", "probability given", "share that was right",
         tuple(float(top[bins == number].mean()) for number in filled), tuple(float(right[bins == number].mean()) for number in filled),
