@@ -1,5 +1,6 @@
 """What every kind of task says, and what the task on a text says. Free of torch and transformers."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -27,9 +28,9 @@ class TaskConfig(Config):
         """What the task is called."""
         return self.name or self.default_name()
 
+    @abstractmethod
     def default_name(self) -> str:
         """What it is called where the request does not say."""
-        raise NotImplementedError
 
 
 class TextTaskConfig(TaskConfig):
