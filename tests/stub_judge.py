@@ -2,13 +2,12 @@
 
 import json
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from stub_server import Fault, Script, _Server
+from loopback import Fault, Json, Loopback, Script
 
 Rule = Callable[[list[str]], str]
 """From the last answers shown, one or two, to what the judge says."""
@@ -42,38 +41,14 @@ def better(quality: Callable[[str], float]) -> Rule:
     return rule
 
 
-class StubJudge:
+class StubJudge(Loopback):
     """`questions` counts how often each question (without reminders) was answered, `bodies` holds every request."""
 
     def __init__(self, rule: Rule, script: Script | None = None, *, model: str = "stub-1", port: int = 0):
         self.rule, self.script, self.model = rule, script or (lambda number, body: None), model
-        self.calls = 0
         self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
         self.questions: Counter[str] = Counter()
-        self.under_way = self.most_under_way = 0
-        self.closing, self.lock = threading.Event(), threading.Lock()
-        self.server = _Server(("127.0.0.1", port), _handler(self))
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-
-    @property
-    def port(self) -> int:
-        return self.server.server_address[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> "StubJudge":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.server.drop_connections()
-        self.thread.join()
+        super().__init__(_handler(self), port)
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.rule(shown(body))}
@@ -82,12 +57,7 @@ class StubJudge:
 
 
 def _handler(stub: StubJudge) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Handler(Json):
         def do_GET(self) -> None:
             self._send(200, json.dumps({"object": "list", "data": [{"id": stub.model, "object": "model"}]}).encode(), {})
 
@@ -119,13 +89,5 @@ def _handler(stub: StubJudge) -> type[BaseHTTPRequestHandler]:
                 with stub.lock:
                     stub.questions[json.dumps(body["messages"][:2])] += 1
             self._send(fault.status, data or b"", fault.headers)
-
-        def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
 
     return Handler

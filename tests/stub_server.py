@@ -3,17 +3,15 @@
 The model is a bigram: the distribution after a token is a row of a table, so that a test knows every log-probability without the server.
 """
 
-import contextlib
 import json
-import socket
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
+
+from loopback import Fault, Json, Loopback, Script
 
 Body = Any
 
@@ -30,24 +28,7 @@ class Bigram:
         return self.log_probs[tokens[:-1]]
 
 
-@dataclass
-class Fault:
-    """What the server does instead of answering. `mutate` changes the answer's JSON, `mutate_bytes` its bytes."""
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-    delay: float = 0.0
-    drop: bool = False             # closes the connection without a word
-    drip: bool = False             # sends a byte now and then, for ever
-    mutate: Callable[[Body], Body] | None = None
-    mutate_bytes: Callable[[bytes], bytes] | None = None
-
-
-Script = Callable[[int, dict[str, Any]], Fault | None]
-
-
-class StubServer:
+class StubServer(Loopback):
     """`calls` counts prompts requests (probes among them), `asked` holds their prompts and `answered` how often each was paid for."""
 
     def __init__(
@@ -61,38 +42,9 @@ class StubServer:
         self.adapters: dict[str, str] = {}
         self.steered: list[tuple[str, Any]] = []
         self.weight_version: str | None = None
-        self.calls = 0
         self.asked: list[list[list[int]]] = []
         self.answered: list[list[list[int]]] = []
-        self.headers: list[dict[str, str]] = []
-        self.under_way = self.most_under_way = 0
-        self.closing = threading.Event()
-        self.lock = threading.Lock()
-        self.server = _Server(("127.0.0.1", port), _handler(self))
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self.thread.start()
-
-    @property
-    def port(self) -> int:
-        return self.server.server_address[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> "StubServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Takes the port away and drops every connection, as a killed server does."""
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.server.drop_connections()
-        self.thread.join()
+        super().__init__(_handler(self), port)
 
     # ------------------------------------------------------------ answers
 
@@ -176,39 +128,8 @@ class StubServer:
         return answers
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, *arguments: Any):
-        self.connections: set[socket.socket] = set()
-        super().__init__(*arguments)
-
-    def get_request(self):
-        connection, address = super().get_request()
-        self.connections.add(connection)
-        return connection, address
-
-    def shutdown_request(self, request) -> None:
-        self.connections.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address) -> None:
-        """A client that went away is what these tests are about."""
-
-    def drop_connections(self) -> None:
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-
 def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Handler(Json):
         def do_GET(self) -> None:
             cards = [{"id": name, "object": "model", "max_model_len": stub.max_model_len} for name in ("tiny", *stub.adapters)]
             answers = {
@@ -266,13 +187,5 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
                     with stub.lock:
                         stub.answered.append(prompts)
             self._send(fault.status, data or b"", fault.headers)
-
-        def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
 
     return Handler
